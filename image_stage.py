@@ -1,0 +1,120 @@
+"""Stage 1, image-level matching (paper, section 3.2).
+
+Two images of one class -> MVAM -> volume, trained by the multiple-instance loss (Eq. 2) against pairs of two classes.
+Its volume, Hough-matched inside the foreground, proposes suspected pairs by Algorithm 1, and around every suspected
+pair a 5x5 window of features in either image, which is what the region stage sees.
+
+    python image_stage.py                                   # trains this stage alone, on the built-in shapes
+    python image_stage.py --dataset folder --root DIR ...   # every flag of train.py
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from modules import (
+    MVAM,
+    Features,
+    MatchConfig,
+    Pairs,
+    adaptive_pooling,
+    foreground,
+    greedy_selection,
+    matching_scores,
+    mil_loss,
+)
+
+
+@dataclass
+class ImageConfig(MatchConfig):
+    """Settings of the image stage; the two of AP serve the region stage too."""
+
+    ap: str = "softmax"  # AP of Eq. (2): "softmax" or "max"; the paper says adaptive pooling
+    ap_temperature: float = 0.05  # of AP's softmax; not given
+    candidates: int = 32  # suspected pairs an image pair whose windows go on to the region stage; not given
+    region_size: int = 5  # cells a side of a window; paper: 5
+
+
+class Regions(NamedTuple):
+    """The windows around K suspected pairs of each of B image pairs, (B * K) windows a side."""
+
+    src: Features  # feat (B*K, r*r, C), token (B*K, C), saliency (B*K, r, r)
+    trg: Features
+    origin_s: Tensor  # (B, K, 2): (x, y) of a window's first cell in the source image's grid
+    origin_t: Tensor
+    valid: Tensor  # (B, K) bool
+
+
+def negatives(src: Features, labels: Tensor) -> tuple[Features, Tensor]:
+    """Negative pairs by batch shifting (NC-Net): source k-1 with target k, and which of them differ in class.
+
+    labels (B,): class of each pair. Returns the rolled sources and a bool (B,).
+    """
+    return src.map(lambda x: x.roll(1, 0)), labels.roll(1, 0) != labels
+
+
+def crop_windows(image: Features, centre: Tensor, size: int) -> tuple[Features, Tensor]:
+    """size x size windows of cells around `centre`, shifted inward at the border so that every window is whole.
+
+    centre (B, K): flat cell indices. The window's global token T is the mean of its own cells (a region has no class
+    token of its own). Returns windows as Features of batch B*K and their first cells (B, K, 2) as (x, y).
+    Raises ValueError if the grid is smaller than a window.
+    """
+    h, w = image.grid
+    if min(h, w) < size:
+        raise ValueError(f"a grid of {w}x{h} cells is smaller than a region of {size}x{size}: raise --size")
+    x0 = (centre % w - size // 2).clamp(0, w - size)
+    y0 = (centre // w - size // 2).clamp(0, h - size)
+    step = torch.arange(size, device=centre.device)
+    cells = (y0[..., None, None] + step[:, None]) * w + x0[..., None, None] + step  # (B, K, r, r)
+    index = cells.flatten(1)  # (B, K*r*r)
+    feat = image.feat.gather(1, index[..., None].expand(-1, -1, image.feat.shape[-1]))
+    feat = feat.unflatten(1, (-1, size * size)).flatten(0, 1)  # (B*K, r*r, C)
+    saliency = image.saliency.flatten(1).gather(1, index).view(-1, size, size)
+    return Features(feat, feat.mean(1), saliency), torch.stack([x0, y0], -1)
+
+
+class ImageStage(nn.Module):
+    """MVAM over whole images, Eq. (2), suspected pairs and their windows."""
+
+    def __init__(self, dim: int, cfg: ImageConfig) -> None:
+        super().__init__()
+        if cfg.ap not in ("softmax", "max"):
+            raise ValueError(f"--ap {cfg.ap!r}: softmax or max")
+        self.cfg = cfg
+        self.mvam = MVAM(dim, cfg)
+
+    def forward(self, src: Features, trg: Features) -> Tensor:
+        """The volume of B image pairs, (B, Hs, Ws, Ht, Wt)."""
+        return self.mvam(src, trg)
+
+    def loss(self, corr: Tensor, src: Features, trg: Features, labels: Tensor) -> Tensor:
+        """Eq. (2) over the batch: corr is the volume of the positives, the negatives are rolled here."""
+        cfg = self.cfg
+        rolled, negative = negatives(src, labels)
+        keep_s, keep_t = (foreground(x.saliency, cfg.saliency_threshold) for x in (src, trg))
+        ap_pos = adaptive_pooling(corr, keep_s, keep_t, cfg.ap, cfg.ap_temperature)
+        ap_neg = adaptive_pooling(self(rolled, trg), keep_s.roll(1, 0), keep_t, cfg.ap, cfg.ap_temperature)
+        return mil_loss(ap_pos, ap_neg, torch.ones_like(negative), negative)
+
+    @torch.no_grad()
+    def select(self, corr: Tensor, src: Features, trg: Features) -> Pairs:
+        """Suspected pairs: Hough matching and Algorithm 1 inside the foreground, the best `candidates` of them."""
+        keep_s, keep_t = (foreground(x.saliency, self.cfg.saliency_threshold) for x in (src, trg))
+        pairs = greedy_selection(matching_scores(corr, keep_s, keep_t, self.cfg), keep_s, keep_t)
+        return Pairs(*(x[:, : self.cfg.candidates] for x in pairs))
+
+    @torch.no_grad()
+    def regions(self, pairs: Pairs, src: Features, trg: Features) -> Regions:
+        """The 5x5 feature windows around every suspected pair."""
+        src_windows, origin_s = crop_windows(src, pairs.src, self.cfg.region_size)
+        trg_windows, origin_t = crop_windows(trg, pairs.trg, self.cfg.region_size)
+        return Regions(src_windows, trg_windows, origin_s, origin_t, pairs.valid)
+
+
+if __name__ == "__main__":
+    from train import main
+
+    main(only="image")

@@ -1,0 +1,112 @@
+"""Stage 2, region-level matching (paper, section 3.2).
+
+The window pairs of the image stage -> a second MVAM -> 5^4 volumes, trained by Eq. (2) at the level of windows. Hough
+matching and the foreground pick the one best cell pair of every window pair; mapped back to the image and thinned by
+non-maximum suppression, 16 of them supervise the pixel stage.
+
+    python region_stage.py                                  # trains this stage alone; the image stage stays as it is
+    python region_stage.py --checkpoint runs/image/last.pt  # ... and comes from a checkpoint
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from modules import (
+    MVAM,
+    Features,
+    MatchConfig,
+    Pairs,
+    adaptive_pooling,
+    foreground,
+    matching_scores,
+    mil_loss,
+    pair_nms,
+    transfer_keypoints,
+)
+
+
+@dataclass
+class RegionConfig(MatchConfig):
+    """Settings of the region stage."""
+
+    pairs: int = 16  # cell pairs of an image pair that supervise the pixel stage; paper: 16
+    nms_radius: float = 2.0  # cells; a pair closer than this to a better one, at either end, is dropped; not given
+
+
+class RegionStage(nn.Module):
+    """MVAM over window pairs, Eq. (2), one pair per window, back to the image, NMS.
+
+    Takes a config that also holds the image stage's `ap`, `ap_temperature` and `region_size`.
+    """
+
+    def __init__(self, dim: int, cfg: RegionConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        # One attention window spans the whole 5^4 volume.
+        self.mvam = MVAM(dim, cfg, volume_window=-(-cfg.region_size // cfg.volume_patch))
+
+    def forward(self, src: Features, trg: Features) -> Tensor:
+        """Volumes of (B*K) window pairs, (B*K, r, r, r, r)."""
+        return self.mvam(src, trg)
+
+    def loss(self, corr: Tensor, src: Features, trg: Features, valid: Tensor, labels: Tensor) -> Tensor:
+        """Eq. (2) at window level: window k of a source with window k of its target, against window k of the source
+        that batch shifting puts in its place.
+
+        corr (B*K, r, r, r, r): volumes of the positives; valid (B, K): real windows; labels (B,): classes.
+        """
+        cfg, (batch, count) = self.cfg, valid.shape
+        rolled = src.map(lambda x: x.roll(count, 0))  # windows of image b - 1 beside those of image b
+        negative = (labels.roll(1, 0) != labels)[:, None] & valid & valid.roll(1, 0)
+        keep_s, keep_t = (foreground(x.saliency, cfg.saliency_threshold) for x in (src, trg))
+        ap_pos = adaptive_pooling(corr, keep_s, keep_t, cfg.ap, cfg.ap_temperature)
+        ap_neg = adaptive_pooling(self(rolled, trg), keep_s.roll(count, 0), keep_t, cfg.ap, cfg.ap_temperature)
+        return mil_loss(ap_pos, ap_neg, valid.flatten(), negative.flatten())
+
+    @torch.no_grad()
+    def select(
+        self,
+        corr: Tensor,
+        src: Features,
+        trg: Features,
+        origin_s: Tensor,
+        origin_t: Tensor,
+        valid: Tensor,
+        grid_s: tuple[int, int],
+        grid_t: tuple[int, int],
+    ) -> Pairs:
+        """The best cell pair of every window pair, in cells of the whole images, after NMS: (B, `pairs`).
+
+        corr (B*K, r, r, r, r); origin (B, K, 2) as (x, y); grid: (H, W) of the whole images.
+        """
+        cfg, r = self.cfg, self.cfg.region_size
+        keep_s, keep_t = (foreground(x.saliency, cfg.saliency_threshold) for x in (src, trg))
+        score = matching_scores(corr, keep_s, keep_t, cfg)
+        inside = keep_s[:, :, :, None, None] & keep_t[:, None, None]
+        score = score.masked_fill(~inside, float("-inf")).flatten(1)  # (B*K, r^4)
+        best, index = score.max(1)
+        best, index = best.view_as(valid), index.view_as(valid)
+        cell_s, cell_t = index // (r * r), index % (r * r)
+        flat_s = (origin_s[..., 1] + cell_s // r) * grid_s[1] + origin_s[..., 0] + cell_s % r
+        flat_t = (origin_t[..., 1] + cell_t // r) * grid_t[1] + origin_t[..., 0] + cell_t % r
+        valid = valid & (best > float("-inf"))
+        best = best.masked_fill(~valid, float("-inf"))
+        order = best.argsort(descending=True, stable=True)
+        pairs = Pairs(*(x.gather(1, order) for x in (flat_s, flat_t, best.masked_fill(~valid, 0), valid)))
+        return pair_nms(pairs, grid_s[1], grid_t[1], cfg.nms_radius, cfg.pairs)
+
+    @torch.no_grad()
+    def refine(self, corr: Tensor, points: Tensor, origin_s: Tensor, origin_t: Tensor) -> Tensor:
+        """Source to target without a pixel stage (Table 5, V): points (B, K, 2) as (x, y) in cells of the whole source,
+        one in each window pair, to the whole target's cells, read from the window volumes corr (B*K, r, r, r, r).
+        """
+        moved = transfer_keypoints(corr, (points - origin_s).flatten(0, 1)[:, None])  # (B*K, 1, 2)
+        return moved.view_as(points) + origin_t
+
+
+if __name__ == "__main__":
+    from train import main
+
+    main(only="region")
