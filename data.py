@@ -330,10 +330,16 @@ class KeypointSet:
     """Images and annotated pairs of them; `load(id)` gives an RGB image and its saliency map or None."""
 
     def __init__(self, name: str, images: ImageSet, pairs: list[KeypointPair]) -> None:
-        self.name, self.images, self.pairs = name, images, pairs
+        self.name, self.images, self.pairs, self.sizes = name, images, pairs, {}
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(W, H) of an image in pixels."""
+        if index not in self.sizes:
+            self.sizes[index] = self.load(index)[0].size
+        return self.sizes[index]
 
     def load(self, index: int) -> tuple[Image.Image, Image.Image | None]:
         return self.images.load(index)

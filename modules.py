@@ -22,10 +22,10 @@ from torch import Tensor, nn
 class MatchConfig:
     """What the three stages have in common: their MVAM and their PMPS."""
 
-    layers: int = 2  # gated cross-attention blocks; the paper gives no number
+    layers: int = 1  # gated cross-attention blocks; the paper gives no number
     heads: int = 4  # heads of a gated block; not given
     residual: bool = True  # False: Eq. (1) to the letter
-    ffn_ratio: float = 1.0  # hidden width of a block's local feed-forward over its width; 0: none
+    ffn_ratio: float = 1.0  # hidden width of a block's 3x3 feed-forward over its width; 0: none
     volume_depth: int = 2  # 4D window-attention blocks, every second one shifted; 0: none; not given
     volume_patch: int = 2  # cells a side that one 4D patch embeds (down-sampling); not given
     volume_window: int = 4  # 4D patches a side of an attention window; not given (VAT: 4)
@@ -314,25 +314,24 @@ def _draw_weights(vit: ViT) -> None:
 
 
 class LocalFeedForward(nn.Module):
-    """Linear -> GELU -> 3x3 depthwise convolution over the cells -> GELU -> Linear (zero at first, so an identity).
+    """The feed-forward half of a transformer block with local context: two 3x3 convolutions over the cells.
 
-    The feed-forward half of a transformer block, with local context. The class token passes through the two linear
-    maps alone.
+    x + conv(GELU(conv(LayerNorm(x)))), the second convolution zero at first, so that the block starts as an identity.
+    The class token has no neighbours and passes unchanged.
     """
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.fc1 = nn.Linear(dim, hidden)
-        self.local = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-        nn.init.zeros_(self.fc2.weight)
-        nn.init.zeros_(self.fc2.bias)
+        self.conv1 = nn.Conv2d(dim, hidden, 3, padding=1)
+        self.conv2 = nn.Conv2d(hidden, dim, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        y = F.gelu(self.fc1(self.norm(x)))  # (B, 1 + N, hidden)
-        cells = self.local(y[:, 1:].transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
-        return x + self.fc2(torch.cat([y[:, :1], F.gelu(cells)], dim=1))
+        cells = self.norm(x[:, 1:]).transpose(1, 2).unflatten(2, grid)  # (B, C, H, W)
+        y = self.conv2(F.gelu(self.conv1(cells))).flatten(2).transpose(1, 2)
+        return torch.cat([x[:, :1], x[:, 1:] + y], dim=1)
 
 
 class GatedCrossAttention(nn.Module):

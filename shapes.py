@@ -17,6 +17,12 @@ from PIL import Image, ImageChops, ImageDraw
 
 SUPERSAMPLE = 3         # objects are drawn this many times larger, then box-averaged down: antialiasing
 OUTLINE = 0.008         # width of a part's outline, in image sides
+HUE_SPREAD = 0.05
+TURN=12
+SCALE=(0.6,0.9)
+BG=1.0
+LIGHT=True
+TEX=0.7
 TEXTURES = ("plain", "stripes", "dots", "gradient")
 FIXED_COLOURS = {"white": (244, 244, 238), "black": (26, 26, 32), "glass": (176, 216, 236)}
 FIXED_TEXTURES = {"fin": "stripes", "wing": "stripes", "hub": "plain", "beak": "plain"} | dict.fromkeys(
@@ -49,7 +55,7 @@ class Figure:
     """
 
     def __init__(self, rng: np.random.Generator, saturation: tuple[float, float] = (0.45, 0.95)):
-        self.rng, self.saturation, self.light = rng, saturation, bool(rng.integers(2))
+        self.rng, self.saturation, self.light = rng, saturation, True if LIGHT else bool(rng.integers(2))
         self.parts: list[tuple[np.ndarray, str, complex]] = []  # closed polygon, role, direction stripes run across
         self.styles: dict[str, Style] = {}
         self.kps: dict[str, complex] = {}
@@ -94,10 +100,11 @@ class Figure:
         """A random hue and texture. Roles alternate between light and dark, so that neighbours stand apart."""
         self.light = not self.light
         value = self.u(0.78, 1.0) if self.light else self.u(0.42, 0.62)
-        rgb = colorsys.hsv_to_rgb(self.u(0, 1), self.u(*self.saturation), value)
+        hue = (zlib.crc32(role.encode()) / 2**32 + HUE_SPREAD * float(self.rng.normal())) % 1
+        rgb = colorsys.hsv_to_rgb(hue, self.u(*self.saturation), value)
         base = FIXED_COLOURS.get(role) or tuple(int(255 * c) for c in rgb)
         shade = tuple(min(255, int((0.55 if self.light else 1.55) * c)) for c in base)
-        texture = FIXED_TEXTURES.get(role) or str(self.rng.choice(TEXTURES))
+        texture = FIXED_TEXTURES.get(role) or (TEXTURES[zlib.crc32(role.encode())%4] if self.rng.random()<TEX else str(self.rng.choice(TEXTURES)))
         return Style(base, shade, tuple(int(0.3 * c) for c in base), texture, self.u(0.06, 0.1))
 
 
@@ -345,7 +352,7 @@ def draw_background(rng: np.random.Generator, side: int) -> Image.Image:
     """An RGB image of side x side: a colour gradient with smooth noise, muted clutter and one to three distractors."""
     corners = Image.fromarray(rng.integers(80, 200, (2, 2, 3), dtype=np.uint8))
     ramp = np.asarray(corners.resize((12, 12), Image.Resampling.BILINEAR), dtype=float)
-    noise = rng.normal(0, 14, (12, 12, 1)) + rng.normal(0, 6, (12, 12, 3))      # mostly of brightness
+    noise = BG*(rng.normal(0, 14, (12, 12, 1)) + rng.normal(0, 6, (12, 12, 3)))      # mostly of brightness
     coarse = Image.fromarray(np.clip(ramp + noise, 0, 255).astype(np.uint8))
     image = coarse.resize((side, side), Image.Resampling.BICUBIC)
 
@@ -383,7 +390,7 @@ def draw_shape(category: str, seed: int, size: int = 128) -> dict:
     figure, side = Figure(rng), size * SUPERSAMPLE
     DRAWERS[category](figure)
 
-    mirror, turn = rng.random() < 0.5, step(rng.uniform(-20, 20))
+    mirror, turn = rng.random() < 0.5, step(rng.uniform(-TURN, TURN))
 
     def posed(z: np.ndarray | complex) -> np.ndarray:
         z = np.asarray(z, dtype=complex)
@@ -393,7 +400,7 @@ def draw_shape(category: str, seed: int, size: int = 128) -> dict:
     points = posed(np.concatenate([outline for outline, _, _ in figure.parts]))
     xy = np.stack([points.real, points.imag])                   # (2, n)
     low, extent = xy.min(1), np.ptp(xy, 1)
-    scale, margin = rng.uniform(0.45, 0.85) * side / extent.max(), 0.02 * side      # the margin is for the outline
+    scale, margin = rng.uniform(*SCALE) * side / extent.max(), 0.02 * side      # the margin is for the outline
     shift = complex(*(margin + rng.uniform(0, 1, 2) * (side - 2 * margin - scale * extent) - scale * low))
 
     image = draw_background(rng, side)

@@ -1,0 +1,62 @@
+"""Literal forms of what modules.py computes: loops and tables as the sources write them, the yardstick of the tests."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def greedy_literal(score: Tensor, keep_s: Tensor | None = None, keep_t: Tensor | None = None) -> list[tuple[int, int]]:
+    """Algorithm 1 line by line on one volume (Hs, Ws, Ht, Wt): argmax, take both cells out, until one side is empty."""
+    table = score.flatten(2).flatten(0, 1).clone()
+    sources = table.shape[0] if keep_s is None else int(keep_s.sum())
+    targets = table.shape[1] if keep_t is None else int(keep_t.sum())
+    if keep_s is not None:
+        table[~keep_s.flatten()] = float("-inf")
+    if keep_t is not None:
+        table[:, ~keep_t.flatten()] = float("-inf")
+    pairs = []
+    for _ in range(min(sources, targets)):
+        i, j = divmod(int(table.argmax()), table.shape[1])
+        pairs.append((i, j))
+        table[i], table[:, j] = float("-inf"), float("-inf")
+    return pairs
+
+
+def hough_table(corr: Tensor, side: int = 5, exponent: float = 3.0) -> Tensor:
+    """Hough matching as HPF writes it, one volume (Hs, Ws, Ht, Wt): votes scattered into a table of N x bins."""
+    hs, ws, ht, wt = corr.shape
+    a = corr.clamp(min=0).pow(exponent).flatten(2).flatten(0, 1)  # (Ns, Nt)
+    s = torch.stack([torch.arange(hs * ws) % ws, torch.arange(hs * ws) // ws], -1)
+    t = torch.stack([torch.arange(ht * wt) % wt, torch.arange(ht * wt) // wt], -1)
+    delta = t[None] - s[:, None] + torch.tensor([ws - 1, hs - 1])  # (Ns, Nt, 2)
+    bins = delta[..., 1] * (ws + wt - 1) + delta[..., 0]
+    table = torch.zeros(hs * ws, (hs + ht - 1) * (ws + wt - 1)).scatter_add_(1, bins, a)
+    votes = table.sum(0).view(1, 1, hs + ht - 1, ws + wt - 1)
+    offset = torch.arange(side).float() - side // 2
+    gauss = torch.exp(-0.5 * (offset[:, None] ** 2 + offset[None] ** 2) / (side / 4.708) ** 2)
+    votes = F.conv2d(votes, (gauss / gauss.sum())[None, None], padding=side // 2).flatten()
+    return (a * votes[bins]).view(hs, ws, ht, wt)
+
+
+def hough_loop(corr: Tensor, side: int, exponent: float) -> Tensor:
+    """The same by four nested loops and a dictionary of displacements."""
+    hs, ws, ht, wt = corr.shape
+    cells = [(a, b, c, d) for a in range(hs) for b in range(ws) for c in range(ht) for d in range(wt)]
+    similarity = {cell: max(0.0, float(corr[cell])) ** exponent for cell in cells}
+    votes: dict[tuple[int, int], float] = {}
+    for (a, b, c, d), value in similarity.items():
+        votes[c - a, d - b] = votes.get((c - a, d - b), 0.0) + value
+    half, sigma = side // 2, side / 4.708
+    weights = {
+        (i, j): math.exp(-0.5 * (i * i + j * j) / sigma**2)
+        for i in range(-half, half + 1)
+        for j in range(-half, half + 1)
+    }
+    total = sum(weights.values())
+    out = torch.zeros_like(corr)
+    for a, b, c, d in cells:
+        smooth = sum(w / total * votes.get((c - a + i, d - b + j), 0.0) for (i, j), w in weights.items())
+        out[a, b, c, d] = similarity[a, b, c, d] * smooth
+    return out

@@ -1,0 +1,276 @@
+"""Each stage against literal computations, and the cascade's gradients."""
+
+import math
+
+import pytest
+import torch
+from literal import greedy_literal, hough_table
+
+from image_stage import ImageStage, crop_windows, negatives
+from modules import Features, Pairs, adaptive_pooling
+from pixel_stage import PixelStage, soft_target
+from region_stage import RegionStage
+from train import STAGES, Cascade, Config
+
+DIM = 16
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def config(**changes) -> Config:
+    return Config(**{"heads": 2, "layers": 1, "volume_window": 2, "candidates": 12, "pairs": 5} | changes)
+
+
+def features(batch: int, grid: tuple[int, int], dim: int = DIM) -> Features:
+    return Features(torch.randn(batch, grid[0] * grid[1], dim), torch.randn(batch, dim), torch.rand(batch, *grid))
+
+
+def shaken(stage: torch.nn.Module) -> torch.nn.Module:
+    """Move every parameter off its start, where zero-initialised outputs hide most of the network."""
+    for p in stage.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return stage
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Image stage
+
+
+def test_negatives_are_the_previous_source_and_never_of_the_same_class():
+    src = features(4, (2, 3))
+    rolled, negative = negatives(src, torch.tensor([5, 5, 2, 5]))
+    assert torch.equal(rolled.feat[2], src.feat[1]) and torch.equal(rolled.saliency[0], src.saliency[3])
+    assert negative.tolist() == [False, False, True, True]  # 5|5, 5|5, 5|2, 2|5
+
+
+def test_image_loss_is_eq2_over_rolled_pairs():
+    cfg = config()
+    stage = shaken(ImageStage(DIM, cfg))
+    src, trg, labels = features(3, (6, 5)), features(3, (5, 7)), torch.tensor([0, 1, 1])
+    total = 0.0
+    for k in range(3):
+        for other, sign, count in ((k, -1, 3), (k - 1, 1, 2)):
+            if sign == 1 and labels[other] == labels[k]:
+                continue
+            s, t = src.map(lambda x, o=other: x[o % 3][None]), trg.map(lambda x, k=k: x[k][None])
+            ap = adaptive_pooling(stage(s, t), s.saliency >= 0.5, t.saliency >= 0.5, cfg.ap, cfg.ap_temperature)
+            total += sign * float(ap) / count
+    assert float(stage.loss(stage(src, trg), src, trg, labels)) == pytest.approx(total, abs=1e-5)
+
+
+def test_suspected_pairs_are_hough_then_algorithm1_inside_the_foreground():
+    cfg = config()
+    stage = shaken(ImageStage(DIM, cfg))
+    src, trg = features(2, (6, 5)), features(2, (5, 7))
+    corr = stage(src, trg)
+    pairs = stage.select(corr, src, trg)
+    for b in range(2):
+        keep_s, keep_t = src.saliency[b] >= 0.5, trg.saliency[b] >= 0.5
+        cut = corr[b].detach() * keep_s[:, :, None, None] * keep_t
+        expected = greedy_literal(hough_table(cut), keep_s, keep_t)[: cfg.candidates]
+        count = int(pairs.valid[b].sum())
+        assert list(zip(pairs.src[b].tolist(), pairs.trg[b].tolist()))[:count] == expected
+
+
+def test_without_hough_pairs_follow_the_volume_itself():
+    stage = shaken(ImageStage(DIM, config(hough=False, candidates=99)))
+    src, trg = features(1, (3, 5)), features(1, (5, 4))
+    corr = stage(src, trg)
+    pairs = stage.select(corr, src, trg)
+    expected = greedy_literal(corr[0].detach(), src.saliency[0] >= 0.5, trg.saliency[0] >= 0.5)
+    assert pairs.trg[0, : len(expected)].tolist() == [j for _, j in expected]
+
+
+def test_windows_are_five_cells_wide_and_shift_inward_at_the_border():
+    image = features(1, (6, 9))
+    centres = torch.tensor([[0, 2 * 9 + 4, 5 * 9 + 8]])  # a corner, the middle, the opposite corner
+    windows, origin = crop_windows(image, centres, 5)
+    assert origin[0].tolist() == [[0, 0], [2, 0], [4, 1]]
+    for k, (x0, y0) in enumerate(origin[0].tolist()):
+        block = image.feat[0].view(6, 9, -1)[y0 : y0 + 5, x0 : x0 + 5].flatten(0, 1)
+        assert torch.equal(windows.feat[k], block)
+        torch.testing.assert_close(windows.token[k], block.mean(0))
+        assert torch.equal(windows.saliency[k], image.saliency[0, y0 : y0 + 5, x0 : x0 + 5])
+    with pytest.raises(ValueError, match="4x6 cells is smaller than a region of 5x5"):
+        crop_windows(features(1, (6, 4)), centres, 5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Region stage
+
+
+def test_region_loss_is_eq2_over_windows_of_rolled_images():
+    cfg = config()
+    image, region = ImageStage(DIM, cfg), shaken(RegionStage(DIM, cfg))
+    src, trg, labels = features(3, (6, 5)), features(3, (5, 7)), torch.tensor([0, 1, 1])
+    regions = image.regions(image.select(image(src, trg), src, trg), src, trg)
+    valid = regions.valid.clone()
+    valid[1, 3:] = False
+    got = region.loss(region(regions.src, regions.trg), regions.src, regions.trg, valid, labels)
+    count, pos, neg = valid.shape[1], [], []
+    for b in range(3):
+        for k in range(count):
+            t = regions.trg.map(lambda x, i=b * count + k: x[i][None])
+            for other, scores in ((b, pos), ((b - 1) % 3, neg)):
+                if not valid[b, k] or (other != b and (labels[other] == labels[b] or not valid[other, k])):
+                    continue
+                s = regions.src.map(lambda x, i=other * count + k: x[i][None])
+                ap = adaptive_pooling(region(s, t), s.saliency >= 0.5, t.saliency >= 0.5, cfg.ap, cfg.ap_temperature)
+                scores.append(float(ap))
+    assert len(neg) < len(pos)
+    assert float(got) == pytest.approx(-sum(pos) / len(pos) + sum(neg) / len(neg), abs=1e-5)
+
+
+def test_one_best_foreground_pair_per_window_mapped_back_to_the_image():
+    """The volume of every window pair is set by hand; the pair that comes back must be its best one, in image cells."""
+    cfg = config(hough=False, nms_radius=0.0, pairs=3)
+    region = RegionStage(DIM, cfg)
+    grid_s, grid_t = (7, 9), (8, 6)
+    src, trg = features(1, grid_s), features(1, grid_t)
+    centres = Pairs(torch.tensor([[0, 30, 62]]), torch.tensor([[47, 20, 3]]), torch.ones(1, 3), torch.ones(1, 3) > 0)
+    regions = ImageStage(DIM, cfg).regions(centres, src, trg)
+    ones = [x._replace(saliency=torch.ones(3, 5, 5)) for x in (regions.src, regions.trg)]
+    ones[1].saliency[1, 2, 2] = 0  # the best target cell of window 1 is background
+    corr = torch.zeros(3, 5, 5, 5, 5)
+    corr[0, 1, 2, 3, 4], corr[1, 0, 0, 2, 2], corr[1, 4, 3, 0, 1], corr[2, 2, 4, 1, 0] = 0.9, 0.95, 0.5, 0.7
+    pairs = region.select(corr, *ones, regions.origin_s, regions.origin_t, regions.valid, grid_s, grid_t)
+    expected = []
+    for k, (ys, xs, yt, xt) in ((0, (1, 2, 3, 4)), (2, (2, 4, 1, 0)), (1, (4, 3, 0, 1))):  # by falling score
+        (x0, y0), (u0, v0) = regions.origin_s[0, k].tolist(), regions.origin_t[0, k].tolist()
+        expected.append(((y0 + ys) * 9 + x0 + xs, (v0 + yt) * 6 + u0 + xt))
+    assert list(zip(pairs.src[0].tolist(), pairs.trg[0].tolist())) == expected
+
+
+def test_region_aggregation_is_one_window_over_the_whole_volume():
+    region = RegionStage(DIM, config())
+    torch.nn.init.normal_(region.mvam.aggregation.redistribute.weight)
+    corr = torch.randn(1, 5, 5, 5, 5, requires_grad=True)
+    region.mvam.aggregation(corr)[0, 0, 0, 0, 0].backward()
+    assert (corr.grad != 0).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pixel stage
+
+
+def test_soft_target_matches_mmnets_formula():
+    """Inverse-distance weights on the surrounding cells, then a 3x3 Gaussian that loses what leaves the grid."""
+    height, width = 4, 6
+    for x, y in ((2.3, 1.6), (0.0, 0.0), (5.0, 2.5), (4.0, 3.0)):
+        near = [(i, j) for j in {math.floor(y), math.ceil(y)} for i in {math.floor(x), math.ceil(x)}]
+        weights = {c: 1 / max(math.hypot(c[0] - x, c[1] - y), 1e-5) for c in near}
+        total, sigma = sum(weights.values()), 3 / 2 / 2.354
+        kernel = {
+            (i, j): math.exp(-(i * i + j * j) / (2 * sigma**2)) for i in (-1, 0, 1) for j in (-1, 0, 1)
+        }
+        mass = sum(kernel.values())
+        expected = torch.zeros(height, width)
+        for (i, j), weight in weights.items():
+            for (di, dj), k in kernel.items():
+                if 0 <= i + di < width and 0 <= j + dj < height:
+                    expected[j + dj, i + di] += weight / total * k / mass
+        got = soft_target(torch.tensor([x, y]), height, width)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_pixel_loss_is_binary_cross_entropy_in_both_directions():
+    stage = PixelStage(DIM, config(temperature=0.2))
+    corr = torch.randn(2, 3, 4, 4, 2).clamp(-1, 1)
+    pairs = Pairs(torch.tensor([[3, 7], [11, 0]]), torch.tensor([[5, 2], [0, 0]]), torch.ones(2, 2),
+                  torch.tensor([[True, True], [True, False]]))  # fmt: skip
+    total, count = 0.0, 0
+    for b, k in ((0, 0), (0, 1), (1, 0)):
+        i, j = int(pairs.src[b, k]), int(pairs.trg[b, k])
+        table = corr[b].flatten(2).flatten(0, 1)
+        for row, (x, y), (h, w) in ((table[i], (j % 2, j // 2), (4, 2)), (table[:, j], (i % 4, i // 4), (3, 4))):
+            p = (row / 0.2).softmax(0)
+            t = soft_target(torch.tensor([float(x), float(y)]), h, w).flatten()
+            total += float(torch.nn.functional.binary_cross_entropy(p, t, reduction="sum"))
+            count += 1
+    assert float(stage.loss(corr, pairs)) == pytest.approx(total / count, rel=1e-4)
+
+
+def test_pixel_loss_without_pairs_is_zero_and_still_differentiable():
+    stage = shaken(PixelStage(DIM, config()))
+    none = Pairs(*(torch.zeros(1, 4, dtype=torch.long),) * 2, torch.zeros(1, 4), torch.zeros(1, 4, dtype=torch.bool))
+    loss = stage.loss(stage(features(1, (5, 6)), features(1, (6, 5))), none)
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert all(p.grad is not None and float(p.grad.abs().max()) == 0 for p in stage.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The cascade
+
+
+def small_cascade(**changes) -> Cascade:
+    return shaken(Cascade(config(**changes)))
+
+
+def one_batch(cascade: Cascade) -> tuple[Features, Features, torch.Tensor]:
+    src, trg = (cascade.features(torch.randn(3, 3, 48, 56), torch.rand(3, 6, 7)) for _ in range(2))
+    return src, trg, torch.tensor([0, 1, 2])
+
+
+@pytest.mark.parametrize("changes", [{}, {"residual": False, "ffn_ratio": 0.0}, {"ap": "max"}, {"hough": False}])
+def test_gradients_reach_every_trainable_parameter_and_never_the_backbone(changes):
+    cascade = small_cascade(**changes)
+    losses, _ = cascade(*one_batch(cascade))
+    for name, loss in losses.items():
+        cascade.zero_grad()
+        loss.backward(retain_graph=True)
+        for key, p in cascade.named_parameters():
+            reached = p.grad is not None and bool((p.grad != 0).any())
+            # A softmax over keys does not feel a bias that is the same for all of them.
+            if not key.endswith(".k.bias"):
+                assert reached == key.startswith(name), f"{name} loss, {key}"
+
+
+def test_later_stages_give_no_gradient_to_earlier_ones_when_trained_alone():
+    cascade = small_cascade(only="region")
+    losses, _ = cascade(*one_batch(cascade))
+    assert list(losses) == ["region"]
+    losses["region"].backward()
+    assert all(p.grad is None for p in cascade.image.parameters())
+    assert all(p.grad is None for p in cascade.pixel.parameters())
+
+
+def test_shared_attention_is_one_set_of_gated_blocks():
+    def count(**changes):
+        return sum(p.numel() for p in Cascade(config(**changes)).parameters() if p.requires_grad)
+
+    shared = Cascade(config(shared_attention=True))
+    assert shared.region.mvam.gated is shared.image.mvam.gated is shared.pixel.mvam.gated
+    gated = sum(p.numel() for p in shared.image.mvam.gated.parameters())
+    assert count() - count(shared_attention=True) == 2 * gated
+
+
+def test_stages_switch_leaves_out_later_stages():
+    for stages in (1, 2, 3):
+        cascade = small_cascade(stages=stages)
+        losses, _ = cascade(*one_batch(cascade))
+        assert tuple(losses) == STAGES[:stages]
+        assert cascade.cfg.final_stage == STAGES[stages - 1]
+
+
+def test_region_transfer_refines_inside_the_windows_around_the_image_match():
+    cascade = small_cascade()
+    src, trg, _ = one_batch(cascade)
+    points = torch.rand(3, 4, 2) * torch.tensor([6.0, 5.0])
+    coarse, fine = cascade.transfer(src, trg, points, "image"), cascade.transfer(src, trg, points, "region")
+    assert not torch.allclose(coarse, fine)
+    assert (coarse - fine).abs().max() <= 5  # a window's width
+    one = cascade.transfer(src.map(lambda x: x[1:2]), trg.map(lambda x: x[1:2]), points[1:2, 2:3], "region")
+    torch.testing.assert_close(one[0, 0], fine[1, 2], rtol=1e-3, atol=1e-3)
+
+
+def test_saliency_modes():
+    images = torch.randn(2, 3, 48, 56)
+    assert (small_cascade(saliency="none").features(images).saliency == 1).all()
+    attention = small_cascade(saliency="attention").features(images).saliency
+    assert attention.shape == (2, 6, 7) and float(attention.max()) == 1 and float(attention.min()) == 0
+    maps = torch.rand(2, 6, 7)
+    assert torch.equal(small_cascade(saliency="auto").features(images, maps).saliency, maps)

@@ -1,0 +1,510 @@
+"""The cascade and its training loop (paper, sections 3.3 and 4.1).
+
+L_all = lambda_1 L_I + lambda_2 L_R + lambda_3 L_P (Eq. 3), from class labels only, on the CPU, one GPU, or several:
+
+    python train.py                                                     # built-in shapes, nothing to download
+    python train.py --dataset folder --root DIR --backbone dinov2_vits14 --size 448
+    torchrun --nproc_per_node=8 train.py --preset paper --root ILSVRC2012/train --saliency MAPS
+
+Everything random follows from the seed and the position in the sequence of micro-batches: w processes that see one
+micro-batch each give the gradients of one process that accumulates w, and a resumed run repeats an uninterrupted one.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+from evaluate import ALPHAS, match_sheet, predict, print_scores, score
+from image_stage import ImageConfig, ImageStage
+from modules import Features, Pairs, cosine_volume, hough_matching, load_backbone, transfer_keypoints
+from pixel_stage import PixelConfig, PixelStage
+from region_stage import RegionConfig, RegionStage
+
+BACKBONE_METHODS = ("nn", "hough")
+STAGES = ("image", "region", "pixel")
+
+
+@dataclass
+class Config(ImageConfig, RegionConfig, PixelConfig):
+    """A run: what the stages need, the data, and the optimisation. The defaults are the preset `quick`."""
+
+    dataset: str = "shapes"  # shapes, folder (ROOT/<class>/*.jpg), spair or pfpascal (weak pairs of the training split)
+    root: str | None = None  # folder of the data set
+    saliency: str = "auto"  # folder of maps <class>/<image>_sal.png; attention; none; auto: shapes' silhouettes, else none
+    augment: bool = True  # random crops (35-100 % of the area) and mirroring, each image on its own
+    val: str = "auto"  # PCK is measured on it: shapes, pfwillow, none; auto: shapes if trained on, else none
+    val_root: str | None = None  # folder of the validation set
+    backbone: str = "random_vit8"  # paper: ibot_vitb16
+    weights: str | None = None  # local checkpoint of the backbone; none: downloaded on first use
+    layer: int = -1  # block that is read
+    size: int = 128  # input side in pixels; paper: 512
+    stages: int = 3  # 2: without the pixel stage (Table 5, V); 1: without the region stage too (VI)
+    shared_attention: bool = False  # gated blocks shared by all stages (Table 4, VII)
+    only: str | None = None  # train this stage alone; the ones before it stay as they are
+    checkpoint: str | None = None  # stages to start from
+    lambda_image: float = 1.0  # Eq. (3); the paper gives no weights
+    lambda_region: float = 1.0
+    lambda_pixel: float = 1.0
+    steps: int = 400  # optimiser steps
+    batch: int = 8  # image pairs of a micro-batch; its negatives are rolled inside it; paper: 4 a GPU
+    accumulate: int = 1  # micro-batches a step and process; paper: 8 GPUs x 4 = 32 pairs a step
+    optimizer: str = "adamw"  # or sgd; paper: sgd
+    lr: float = 1e-3  # paper: 3e-5
+    momentum: float = 0.9  # of sgd; paper: 0.9
+    weight_decay: float = 0.01
+    schedule: str = "cosine"  # or constant
+    warmup: int = 20  # steps of linear warm-up
+    clip: float = 1.0  # largest gradient norm; 0: no clipping
+    seed: int = 0
+    workers: int = 0  # processes that load images
+    cache_features: bool = False  # keep frozen features in memory; only without augmentation
+    amp: bool = True  # bfloat16 around the network, on GPUs only
+    device: str = "auto"
+    out: str = "runs/quick"  # checkpoints, metrics.jsonl, pictures
+    log_every: int = 20  # steps
+    val_every: int = 200  # steps; 0: only before and after
+    save_every: int = 200  # steps; 0: only at the end
+
+    @property
+    def final_stage(self) -> str:
+        return STAGES[self.stages - 1]
+
+
+PRESETS = {
+    "quick": {},
+    "paper": dict(
+        dataset="folder",
+        backbone="ibot_vitb16",
+        size=512,
+        batch=4,
+        optimizer="sgd",
+        lr=3e-5,
+        schedule="constant",
+        warmup=0,
+        clip=0.0,
+        weight_decay=0.0,
+        steps=20_000,
+        workers=4,
+        out="runs/paper",
+        val_every=0,
+        save_every=1000,
+    ),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The cascade
+
+
+class Cascade(nn.Module):
+    """Frozen backbone -> image stage -> region stage -> pixel stage."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        if cfg.stages not in (1, 2, 3):
+            raise ValueError(f"--stages {cfg.stages}: 1, 2 or 3")
+        self.cfg = cfg
+        self.backbone = load_backbone(cfg.backbone, cfg.weights, cfg.layer)
+        dim = self.backbone.dim
+        self.image = ImageStage(dim, cfg)
+        self.region = RegionStage(dim, cfg) if cfg.stages >= 2 else None
+        self.pixel = PixelStage(dim, cfg) if cfg.stages >= 3 else None
+        if cfg.shared_attention:
+            for stage in (self.region, self.pixel):
+                if stage is not None:
+                    stage.mvam.gated = self.image.mvam.gated
+
+    def features(self, images: Tensor, saliency: Tensor | None = None) -> Features:
+        """Images (B, 3, H, W) and maps (B, h, w) or None to Features: the backbone's one run an image."""
+        device = next(self.backbone.parameters()).device
+        images = images.to(device, non_blocking=True)
+        if saliency is None and self.cfg.saliency == "attention":
+            feat, token, saliency = self.backbone(images, attention=True)
+        else:
+            feat, token = self.backbone(images)
+        if saliency is None:
+            h, w = (side // self.backbone.patch for side in images.shape[-2:])
+            saliency = feat.new_ones(len(images), h, w)
+        return Features(feat, token, saliency.to(device, torch.float32))
+
+    def forward(self, src: Features, trg: Features, labels: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """One micro-batch of same-class pairs to the losses of its stages and to counts for the log."""
+        cfg, losses, counts = self.cfg, {}, {}
+        train = {stage: cfg.only in (None, stage) for stage in STAGES}
+        with torch.set_grad_enabled(train["image"]):
+            corr = self.image(src, trg)
+            if train["image"]:
+                losses["image"] = self.image.loss(corr, src, trg, labels)
+        if cfg.stages >= 2 and cfg.only != "image":
+            suspected = self.image.select(corr, src, trg)
+            regions = self.image.regions(suspected, src, trg)
+            with torch.set_grad_enabled(train["region"]):
+                region_corr = self.region(regions.src, regions.trg)
+                if train["region"]:
+                    losses["region"] = self.region.loss(region_corr, regions.src, regions.trg, regions.valid, labels)
+        if cfg.stages >= 3 and train["pixel"]:
+            chosen = self.region.select(
+                region_corr, regions.src, regions.trg, regions.origin_s, regions.origin_t, regions.valid, src.grid, trg.grid
+            )
+            losses["pixel"] = self.pixel.loss(self.pixel(src, trg), chosen)
+            counts["pairs"] = chosen.valid.float().sum(1).mean().item()
+        return losses, counts
+
+    def volume(self, src: Features, trg: Features, method: str | None = None) -> Tensor:
+        """The volume (B, Hs, Ws, Ht, Wt) of a stage, or of the frozen features: "nn", "hough"."""
+        method = method or self.cfg.final_stage
+        if method in BACKBONE_METHODS:
+            corr = cosine_volume(src.feat, trg.feat, src.grid, trg.grid)
+            return corr if method == "nn" else hough_matching(corr, None, None, self.cfg.hough_side, self.cfg.hough_exponent)
+        if method == "region":
+            raise ValueError("the region stage has no volume of whole images")
+        return getattr(self, method)(src, trg)
+
+    @torch.no_grad()
+    def transfer(self, src: Features, trg: Features, points: Tensor, method: str | None = None) -> Tensor:
+        """Source to target: points (B, n, 2) as (x, y) in source cells to target cells.
+
+        The region stage (Table 5, V) refines the image stage's match inside the 5x5 windows around it.
+        """
+        method = method or self.cfg.final_stage
+        if method != "region":
+            return transfer_keypoints(self.volume(src, trg, method), points)
+        coarse = transfer_keypoints(self.volume(src, trg, "image"), points)
+        ends = []
+        for xy, (h, w) in ((points, src.grid), (coarse, trg.grid)):
+            x, y = xy[..., 0].round().long().clamp(0, w - 1), xy[..., 1].round().long().clamp(0, h - 1)
+            ends.append(y * w + x)
+        valid = torch.ones_like(ends[0], dtype=torch.bool)
+        regions = self.image.regions(Pairs(*ends, coarse[..., 0], valid), src, trg)
+        return self.region.refine(self.region(regions.src, regions.trg), points, regions.origin_s, regions.origin_t)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """State of everything but the frozen backbone."""
+        return {key: value for key, value in self.state_dict().items() if not key.startswith("backbone.")}
+
+
+def _fingerprint(module: nn.Module) -> float:
+    """A number that tells one set of weights from another."""
+    return float(sum(p.double().abs().sum() for p in module.parameters()))
+
+
+def read_checkpoint(path: str) -> dict:
+    """A checkpoint of train.py; ValueError in one line if the file is missing or something else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"no such checkpoint: {path}") from None
+    except Exception as error:  # a damaged or foreign file fails in many ways
+        raise ValueError(f"cannot read checkpoint {path} ({str(error).splitlines()[0]})") from None
+    if not isinstance(state, dict) or not {"model", "config", "backbone"} <= state.keys():
+        raise ValueError(f"{path} is not a checkpoint written by train.py")
+    return state
+
+
+def load_stages(cascade: Cascade, state: dict, path: str, stages: tuple[str, ...]) -> None:
+    """Load the named stages strictly; refuses weights that were trained on another backbone."""
+    found = _fingerprint(cascade.backbone)
+    if not math.isclose(found, state["backbone"], rel_tol=1e-4):
+        raise ValueError(f"{path} was trained on other backbone weights than {cascade.cfg.weights or cascade.cfg.backbone}")
+    for stage in stages:
+        part = {k.removeprefix(f"{stage}."): v for k, v in state["model"].items() if k.startswith(f"{stage}.")}
+        try:
+            getattr(cascade, stage).load_state_dict(part)
+        except RuntimeError as error:
+            raise ValueError(f"{path} does not fit the {stage} stage: {str(error).splitlines()[1].strip()}") from None
+
+
+def load_cascade(path: str, weights: str | None = None, device: str = "cpu", **overrides) -> Cascade:
+    """The trained cascade of a checkpoint, in eval mode. weights: the backbone's file, if not where it was."""
+    state = read_checkpoint(path)
+    cfg = Config(**state["config"] | ({"weights": weights} if weights else {}) | overrides)
+    cascade = Cascade(cfg)
+    load_stages(cascade, state, path, STAGES[: cfg.stages])
+    return cascade.to(device).eval()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options, data
+
+
+def option_help(cls: type) -> dict[str, str]:
+    """Help of every option: the comment behind its field."""
+    lines = "\n".join(inspect.getsource(c) for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c))
+    return dict(re.findall(r"^    (\w+): [^#\n]+#\s*(.+)$", lines, re.MULTILINE))
+
+
+def parse_config(argv: list[str] | None, only: str | None) -> tuple[Config, str | None]:
+    """Command line to configuration: the preset, over it the single options. Returns it and --resume's file.
+
+    On --resume the checkpoint's own configuration takes the preset's place.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
+    )
+    parser.add_argument("--preset", choices=PRESETS, help="quick (default): built-in shapes; paper: section 4.1")
+    parser.add_argument("--resume", help="checkpoint of this run to go on from")
+    help_of = option_help(Config)
+    for field in dataclasses.fields(Config):
+        flag, text = f"--{field.name.replace('_', '-')}", help_of.get(field.name, "").replace("%", "%%")
+        if field.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=f"{text} (default {field.default})")
+        else:
+            kind = str if field.type == str | None else field.type
+            parser.add_argument(flag, type=kind, help=f"{text} (default {field.default})")
+    given = vars(parser.parse_args(argv))
+    resume = given.pop("resume", None)
+    base = PRESETS[given.pop("preset", "quick")]
+    if resume:
+        base = read_checkpoint(resume)["config"]
+    elif only:
+        base = base | {"only": only, "out": f"runs/{only}"}
+    cfg = Config(**base | given)
+    if cfg.only not in (None, *STAGES):
+        raise ValueError(f"--only {cfg.only}: image, region or pixel")
+    if cfg.only:
+        cfg.stages = max(cfg.stages, 1 + STAGES.index(cfg.only)) if "stages" in given else 1 + STAGES.index(cfg.only)
+    if cfg.cache_features and cfg.augment:
+        raise ValueError("--cache-features needs --no-augment: cropped views change every epoch")
+    for name, known in (("optimizer", ("adamw", "sgd")), ("schedule", ("cosine", "constant"))):
+        if getattr(cfg, name) not in known:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: {' or '.join(known)}")
+    return cfg, resume
+
+
+def training_set(cfg: Config) -> data.ImageSet:
+    """The images of --dataset with their saliency maps, if any."""
+    maps = None if cfg.saliency in ("auto", "attention", "none") else cfg.saliency
+    if cfg.dataset == "shapes":
+        return data.Shapes("train", cfg.saliency == "auto")
+    builders = {"folder": data.class_folders, "spair": data.spair_train, "pfpascal": data.pfpascal_train}
+    if cfg.dataset not in builders:
+        raise ValueError(f"--dataset {cfg.dataset}: shapes, {', '.join(builders)}")
+    return builders[cfg.dataset](cfg.root, maps)
+
+
+def validation_set(cfg: Config) -> data.KeypointSet | None:
+    """The annotated pairs of --val; on shapes other objects than the test's."""
+    name = cfg.val if cfg.val != "auto" else ("shapes" if cfg.dataset == "shapes" else "none")
+    builders = {
+        "shapes": lambda: data.shapes_pairs("val", cfg.saliency == "auto"),
+        "pfwillow": lambda: data.pfwillow(cfg.val_root),
+        "none": lambda: None,
+    }
+    if name not in builders:
+        raise ValueError(f"--val {name}: {', '.join(builders)}")
+    return builders[name]()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def learning_rate(cfg: Config, step: int) -> float:
+    """Linear warm-up, then constant or half a cosine down to zero. Steps count from 0."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    if cfg.schedule == "constant":
+        return cfg.lr
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)))
+
+
+def batch_features(cascade: Cascade, batch: dict, cache: dict | None) -> tuple[Features, Features]:
+    """Features of a micro-batch's sources and targets, each image through the backbone once, or never again if cached."""
+    ids = torch.cat(batch["index"]).tolist()  # sources, then targets
+    images = torch.cat([batch["src_img"], batch["trg_img"]])
+    saliency = torch.cat([batch["src_sal"], batch["trg_sal"]])
+    saliency = saliency if saliency.numel() else None
+    if cache is None:
+        both = cascade.features(images, saliency)
+    else:
+        new = [k for k, i in enumerate(ids) if i not in cache]
+        if new:
+            fresh = cascade.features(images[new], None if saliency is None else saliency[new])
+            for row, k in enumerate(new):
+                cache[ids[k]] = fresh.map(lambda x, row=row: x[row].cpu())
+        device = next(cascade.parameters()).device
+        both = Features(*(torch.stack(x).to(device) for x in zip(*(cache[i] for i in ids))))
+    half = len(ids) // 2
+    return both.map(lambda x: x[:half]), both.map(lambda x: x[half:])
+
+
+def save_checkpoint(path: Path, cascade: Cascade, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Plain types and tensors, written beside the target and renamed, so that a kill leaves the old file or the new."""
+    state = {
+        "model": cascade.trained_state(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "config": dataclasses.asdict(cascade.cfg),
+        "backbone": _fingerprint(cascade.backbone),
+    }
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def commit_of_source() -> str:
+    """The commit of this checkout, or "unknown"."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def train(cfg: Config, resume: str | None = None) -> Cascade:
+    """Train as configured; writes metrics.jsonl, last.pt and matches.png under cfg.out and returns the cascade."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = cfg.device.startswith("cuda") or (cfg.device == "auto" and torch.cuda.is_available())
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda and world > 1 else "cuda" if cuda else "cpu")
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    chief = rank == 0
+    torch.manual_seed(cfg.seed)  # the same initial weights in every process
+    cascade = Cascade(cfg).to(device)
+    for stage in STAGES[: cfg.stages]:
+        getattr(cascade, stage).requires_grad_(cfg.only in (None, stage))
+    if cfg.checkpoint:
+        state = read_checkpoint(cfg.checkpoint)
+        load_stages(cascade, state, cfg.checkpoint, STAGES[: min(cfg.stages, state["config"]["stages"])])
+    params = [p for p in cascade.parameters() if p.requires_grad]
+    if cfg.optimizer == "sgd":
+        optimizer = torch.optim.SGD(params, cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(params, cfg.lr, weight_decay=cfg.weight_decay)
+    start = 0
+    if resume:
+        state = read_checkpoint(resume)
+        load_stages(cascade, state, resume, STAGES[: cfg.stages])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+
+    images, val = training_set(cfg), validation_set(cfg) if chief else None
+    stream = data.PairStream(images, cfg.batch, cfg.seed, start * cfg.accumulate * world, rank, world)
+    pairs = data.TrainPairs(images, cfg.size, cascade.backbone.patch, cfg.augment, cfg.seed)
+    loader = iter(DataLoader(pairs, batch_sampler=stream, num_workers=cfg.workers, pin_memory=cuda))
+    cache = {} if cfg.cache_features else None
+
+    out = Path(cfg.out)
+    if chief:
+        out.mkdir(parents=True, exist_ok=True)
+        log = out / "metrics.jsonl"
+        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= start] if resume else []
+        log.write_text("".join(line + "\n" for line in kept))
+        count = sum(p.numel() for p in params)
+        print(f"torch {torch.__version__}, {device}, {world} process(es), {platform.machine()}, commit {commit_of_source()}")
+        print(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
+        print(f"{len(images)} images of {len(images.classes)} classes, {count / 1e6:.2f} M trainable parameters")
+
+    def record(step: int, values: dict) -> None:
+        with open(log, "a") as file:
+            file.write(json.dumps({"step": step} | values) + "\n")
+
+    def validate(step: int, methods: tuple[str, ...]) -> dict:
+        predictions = predict(cascade, val, methods, quiet=True)
+        found = {m: score(p, val)["bbox"]["per_image"] for m, p in predictions.items()}
+        record(step, {"pck": found, "alphas": ALPHAS})
+        tqdm.write(f"step {step}: PCK@{'/'.join(map(str, ALPHAS))} on {val.name}, {len(val)} pairs, bbox, per image")
+        for method, values in found.items():
+            tqdm.write(f"    {method:7s}" + "".join(f"{v:7.1f}" for v in values))
+        return predictions
+
+    stop = []
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda number, frame: stop.append(number))
+    stages = STAGES[: cfg.stages]
+    before = validate(start, (*BACKBONE_METHODS, *stages)) if val else {}
+    skipped, clock = set(), time.perf_counter()
+    bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=not (chief and sys.stderr.isatty()))
+    step = start
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step)
+        logged: dict[str, float] = {}
+        for _ in range(cfg.accumulate):
+            batch = next(loader)
+            skipped.update(line for item in batch["skipped"] for line in item.splitlines())
+            with torch.autocast(device.type, torch.bfloat16, enabled=cuda and cfg.amp):
+                src, trg = batch_features(cascade, batch, cache)
+                losses, counts = cascade(src, trg, batch["label"].to(device))
+            # Eq. (3): L_all = lambda_1 L_I + lambda_2 L_R + lambda_3 L_P
+            total = sum(getattr(cfg, f"lambda_{stage}") * loss for stage, loss in losses.items())
+            (total / cfg.accumulate).backward()
+            for key, value in {**losses, **counts, "loss": total}.items():
+                logged[key] = logged.get(key, 0.0) + float(value) / cfg.accumulate
+        if world > 1:  # mean over processes of gradients and of what is logged
+            flat = torch.cat([p.grad.flatten() for p in params] + [torch.tensor(list(logged.values()), device=device)])
+            dist.all_reduce(flat)
+            *grads, values = (flat / world).split([p.numel() for p in params] + [len(logged)])
+            for p, grad in zip(params, grads):
+                p.grad.copy_(grad.view_as(p))
+            logged = dict(zip(logged, values.tolist()))
+        norm = torch.nn.utils.clip_grad_norm_(params, cfg.clip or math.inf)
+        if not math.isfinite(float(norm) + logged["loss"]):
+            raise ValueError(
+                f"step {step}: loss {logged} with gradient norm {float(norm)} is not finite; the last good checkpoint stands."
+                " Lower --lr, or set --clip"
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        done = step + 1
+        if chief and (done % cfg.log_every == 0 or done == cfg.steps):
+            rate = (done - start) / (time.perf_counter() - clock)
+            record(done, logged | {"lr": learning_rate(cfg, step), "grad_norm": float(norm), "steps_per_s": rate})
+            text = " ".join(f"{k} {v:.4f}" for k, v in logged.items())
+            tqdm.write(f"step {done}/{cfg.steps} {text} lr {learning_rate(cfg, step):.2e} {rate:.2f} steps/s")
+        if chief and cfg.save_every and done % cfg.save_every == 0 and done < cfg.steps:
+            save_checkpoint(out / "last.pt", cascade, optimizer, done)
+        if val and cfg.val_every and done % cfg.val_every == 0 and done < cfg.steps:
+            validate(done, stages)
+        halt = torch.tensor(len(stop), device=device)
+        if world > 1:
+            dist.all_reduce(halt)
+        if halt:
+            break
+    finished = step + 1 if cfg.steps > start else start
+    if chief:
+        if skipped:
+            print(f"{len(skipped)} unreadable files passed over: {'; '.join(sorted(skipped)[:5])}", file=sys.stderr)
+        save_checkpoint(out / "last.pt", cascade, optimizer, finished)
+        if finished < cfg.steps:
+            print(f"stopped after step {finished}; go on with --resume {out / 'last.pt'}")
+        else:
+            if val:
+                after = validate(finished, (*BACKBONE_METHODS, *stages))
+                shown = {"frozen backbone": before["nn"], f"{stages[-1]} stage": after[stages[-1]]}
+                match_sheet(shown, val).save(out / "matches.png")
+                print(f"matches drawn in {out / 'matches.png'}")
+            print(f"checkpoint {out / 'last.pt'}, {time.perf_counter() - clock:.0f} s")
+    if world > 1:
+        dist.destroy_process_group()
+    return cascade
+
+
+def main(argv: list[str] | None = None, only: str | None = None) -> None:
+    """Command line of train.py and, with `only`, of a stage's file."""
+    try:
+        train(*parse_config(argv, only))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
