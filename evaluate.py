@@ -182,7 +182,7 @@ def match_sheet(predictions: dict[str, list[Tensor]], keypoints: data.KeypointSe
 
 
 DATASETS = {
-    "shapes": lambda root, saliency: data.shapes_pairs("test"),
+    "shapes": lambda root: data.shapes_pairs("test"),
     "pfwillow": data.pfwillow,
 }
 
@@ -193,7 +193,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", choices=DATASETS, required=True)
     parser.add_argument("--datapath", help="folder of the data set")
-    parser.add_argument("--saliency", help="folder of saliency maps, <class>/<image>_sal.png (stage region only)")
     parser.add_argument("--checkpoint", help="checkpoint written by train.py")
     parser.add_argument("--stage", nargs="+", choices=("image", "region", "pixel"), help="default: the last one trained")
     parser.add_argument("--baseline", nargs="*", choices=BACKBONE_METHODS, help="score the frozen backbone")
@@ -213,7 +212,7 @@ def main() -> None:
     if not (args.checkpoint or args.baseline):
         parser.error("give --checkpoint FILE, or --baseline nn hough to score the frozen backbone")
     overrides = {k: v for k in ("backbone", "layer", "size") if (v := getattr(args, k)) is not None}
-    keypoints = DATASETS[args.dataset](args.datapath, args.saliency)
+    keypoints = DATASETS[args.dataset](args.datapath)
     if args.checkpoint:
         cascade = load_cascade(args.checkpoint, weights=args.weights, device=args.device, **overrides)
         methods = (args.stage or [cascade.cfg.final_stage]) + (args.baseline or [])

@@ -99,6 +99,7 @@ class PixelStage(nn.Module):
         return transfer_keypoints(corr, points)
 
 
+@torch.no_grad()
 def match_files(argv: list[str]) -> None:
     """Match two pictures of one's own: draw the generator's pairs, or transfer given points and print them."""
     import data
@@ -117,6 +118,8 @@ def match_files(argv: list[str]) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     cascade = load_cascade(args.checkpoint, weights=args.weights, device=args.device)
+    if cascade.pixel is None:
+        raise ValueError(f"{args.checkpoint} was trained without a pixel stage (--stages {cascade.cfg.stages})")
     images = [data.open_image(path) for path in (args.source, args.target)]
     points = data.parse_points(args.points, images[0].size) if args.points else None
     maps = args.saliency or (None, None)
@@ -125,17 +128,17 @@ def match_files(argv: list[str]) -> None:
         sal = data.open_saliency(path) if path else None
         tensor, cells = data.prepare(image, sal, cascade.cfg.size, cascade.backbone.patch)
         sides.append(cascade.features(tensor[None].to(args.device), None if cells is None else cells[None]))
-    corr = cascade.volume(*sides)
+    corr = cascade.pixel(*sides)
     grids = [side.grid for side in sides]
     if points is None:
-        pairs = cascade.final_stage.select(corr, *sides, args.count, cascade.cfg.nms_radius)
+        pairs = cascade.pixel.select(corr, *sides, args.count, cascade.cfg.nms_radius)
         source_cells = cells_to_xy(pairs.src, grids[0][1])[pairs.valid][None]
         if not source_cells.shape[1]:
             sys.exit("no pairs: one of the pictures has no foreground; give --saliency maps or --points")
         target_cells = cells_to_xy(pairs.trg, grids[1][1])[pairs.valid][None]
     else:
         source_cells = data.pixels_to_cells(points, images[0].size, grids[0])[None].to(corr)
-        target_cells = cascade.transfer(*sides, source_cells, corr)
+        target_cells = cascade.pixel.transfer(corr, source_cells)
     src_kps = data.cells_to_pixels(source_cells[0].cpu(), images[0].size, grids[0])
     trg_kps = data.cells_to_pixels(target_cells[0].cpu(), images[1].size, grids[1])
     if points is not None:
@@ -147,7 +150,10 @@ def match_files(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
-        match_files(sys.argv[1:])
+        try:
+            match_files(sys.argv[1:])
+        except ValueError as error:
+            sys.exit(f"error: {error}")
     else:
         from train import main
 

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from evaluate import ALPHAS, match_sheet, predict, print_scores, score
+from evaluate import ALPHAS, match_sheet, predict, score
 from image_stage import ImageConfig, ImageStage
 from modules import Features, Pairs, cosine_volume, hough_matching, load_backbone, transfer_keypoints
 from pixel_stage import PixelConfig, PixelStage
@@ -80,7 +80,7 @@ class Config(ImageConfig, RegionConfig, PixelConfig):
     device: str = "auto"
     out: str = "runs/quick"  # checkpoints, metrics.jsonl, pictures
     log_every: int = 20  # steps
-    val_every: int = 200  # steps; 0: only before and after
+    val_every: int = 200  # steps between measurements on --val; 0: only before and after training
     save_every: int = 200  # steps; 0: only at the end
 
     @property
@@ -145,7 +145,7 @@ class Cascade(nn.Module):
             saliency = feat.new_ones(len(images), h, w)
         return Features(feat, token, saliency.to(device, torch.float32))
 
-    def forward(self, src: Features, trg: Features, labels: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def forward(self, src: Features, trg: Features, labels: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One micro-batch of same-class pairs to the losses of its stages and to counts for the log."""
         cfg, losses, counts = self.cfg, {}, {}
         train = {stage: cfg.only in (None, stage) for stage in STAGES}
@@ -165,7 +165,7 @@ class Cascade(nn.Module):
                 region_corr, regions.src, regions.trg, regions.origin_s, regions.origin_t, regions.valid, src.grid, trg.grid
             )
             losses["pixel"] = self.pixel.loss(self.pixel(src, trg), chosen)
-            counts["pairs"] = chosen.valid.float().sum(1).mean().item()
+            counts["pairs"] = chosen.valid.float().sum(1).mean()
         return losses, counts
 
     def volume(self, src: Features, trg: Features, method: str | None = None) -> Tensor:
@@ -300,11 +300,11 @@ def training_set(cfg: Config) -> data.ImageSet:
     return builders[cfg.dataset](cfg.root, maps)
 
 
-def validation_set(cfg: Config) -> data.KeypointSet | None:
-    """The annotated pairs of --val; on shapes other objects than the test's."""
+def keypoint_set(cfg: Config, split: str) -> data.KeypointSet | None:
+    """The annotated pairs of --val; of shapes the objects of `split` ("val" or "test"), never those trained on."""
     name = cfg.val if cfg.val != "auto" else ("shapes" if cfg.dataset == "shapes" else "none")
     builders = {
-        "shapes": lambda: data.shapes_pairs("val", cfg.saliency == "auto"),
+        "shapes": lambda: data.shapes_pairs(split, cfg.saliency == "auto"),
         "pfwillow": lambda: data.pfwillow(cfg.val_root),
         "none": lambda: None,
     }
@@ -396,7 +396,8 @@ def train(cfg: Config, resume: str | None = None) -> Cascade:
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
 
-    images, val = training_set(cfg), validation_set(cfg) if chief else None
+    images = training_set(cfg)
+    val, test = (keypoint_set(cfg, split) if chief else None for split in ("val", "test"))
     stream = data.PairStream(images, cfg.batch, cfg.seed, start * cfg.accumulate * world, rank, world)
     pairs = data.TrainPairs(images, cfg.size, cascade.backbone.patch, cfg.augment, cfg.seed)
     loader = iter(DataLoader(pairs, batch_sampler=stream, num_workers=cfg.workers, pin_memory=cuda))
@@ -417,11 +418,12 @@ def train(cfg: Config, resume: str | None = None) -> Cascade:
         with open(log, "a") as file:
             file.write(json.dumps({"step": step} | values) + "\n")
 
-    def validate(step: int, methods: tuple[str, ...]) -> dict:
-        predictions = predict(cascade, val, methods, quiet=True)
-        found = {m: score(p, val)["bbox"]["per_image"] for m, p in predictions.items()}
-        record(step, {"pck": found, "alphas": ALPHAS})
-        tqdm.write(f"step {step}: PCK@{'/'.join(map(str, ALPHAS))} on {val.name}, {len(val)} pairs, bbox, per image")
+    def measure(step: int, keypoints: data.KeypointSet, methods: tuple[str, ...]) -> dict:
+        predictions = predict(cascade, keypoints, methods, quiet=True)
+        found = {m: score(p, keypoints)["bbox"]["per_image"] for m, p in predictions.items()}
+        record(step, {"pck": found, "alphas": ALPHAS, "on": keypoints.name})
+        protocol = f"{keypoints.name}, {len(keypoints)} pairs, bbox, per image"
+        tqdm.write(f"step {step}: PCK@{'/'.join(map(str, ALPHAS))} on {protocol}")
         for method, values in found.items():
             tqdm.write(f"    {method:7s}" + "".join(f"{v:7.1f}" for v in values))
         return predictions
@@ -430,7 +432,7 @@ def train(cfg: Config, resume: str | None = None) -> Cascade:
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda number, frame: stop.append(number))
     stages = STAGES[: cfg.stages]
-    before = validate(start, (*BACKBONE_METHODS, *stages)) if val else {}
+    before = measure(start, test, BACKBONE_METHODS) if test else {}
     skipped, clock = set(), time.perf_counter()
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=not (chief and sys.stderr.isatty()))
     step = start
@@ -448,7 +450,7 @@ def train(cfg: Config, resume: str | None = None) -> Cascade:
             total = sum(getattr(cfg, f"lambda_{stage}") * loss for stage, loss in losses.items())
             (total / cfg.accumulate).backward()
             for key, value in {**losses, **counts, "loss": total}.items():
-                logged[key] = logged.get(key, 0.0) + float(value) / cfg.accumulate
+                logged[key] = logged.get(key, 0.0) + value.item() / cfg.accumulate
         if world > 1:  # mean over processes of gradients and of what is logged
             flat = torch.cat([p.grad.flatten() for p in params] + [torch.tensor(list(logged.values()), device=device)])
             dist.all_reduce(flat)
@@ -473,7 +475,7 @@ def train(cfg: Config, resume: str | None = None) -> Cascade:
         if chief and cfg.save_every and done % cfg.save_every == 0 and done < cfg.steps:
             save_checkpoint(out / "last.pt", cascade, optimizer, done)
         if val and cfg.val_every and done % cfg.val_every == 0 and done < cfg.steps:
-            validate(done, stages)
+            measure(done, val, stages)
         halt = torch.tensor(len(stop), device=device)
         if world > 1:
             dist.all_reduce(halt)
@@ -487,10 +489,10 @@ def train(cfg: Config, resume: str | None = None) -> Cascade:
         if finished < cfg.steps:
             print(f"stopped after step {finished}; go on with --resume {out / 'last.pt'}")
         else:
-            if val:
-                after = validate(finished, (*BACKBONE_METHODS, *stages))
+            if test:
+                after = measure(finished, test, stages)
                 shown = {"frozen backbone": before["nn"], f"{stages[-1]} stage": after[stages[-1]]}
-                match_sheet(shown, val).save(out / "matches.png")
+                match_sheet(shown, test).save(out / "matches.png")
                 print(f"matches drawn in {out / 'matches.png'}")
             print(f"checkpoint {out / 'last.pt'}, {time.perf_counter() - clock:.0f} s")
     if world > 1:

@@ -124,12 +124,12 @@ def test_prepare_normalises_by_the_channel_means_and_deviations_of_imagenet():
 
 @pytest.mark.parametrize("mirror", [False, True])
 def test_crop_and_mirror_move_image_and_saliency_alike(mirror):
-    """A bright rectangle is its own saliency map, at half the image's resolution; a cell's share has a closed form."""
-    pixels, half = np.zeros((64, 96, 3), np.uint8), np.zeros((32, 48), np.float32)
+    """A bright rectangle is its own saliency map, kept at 1/2 x 1/4 of the resolution; shares of cells in closed form."""
+    pixels, coarse = np.zeros((64, 96, 3), np.uint8), np.zeros((16, 48), np.float32)
     pixels[12:44, 40:80] = 255
-    half[6:22, 20:40] = 1
+    coarse[3:11, 20:40] = 1
     # The crop is 80 x 48 px, so a cell of the 4 x 4 grid is 20 x 12 px; in it the rectangle is x 32-72, y 8-40.
-    tensor, cells = prepare(Image.fromarray(pixels), Image.fromarray(half), 64, 16, (8, 4, 88, 52), mirror)
+    tensor, cells = prepare(Image.fromarray(pixels), Image.fromarray(coarse), 64, 16, (8, 4, 88, 52), mirror)
     columns, rows = torch.tensor([0, 8 / 20, 1, 12 / 20]), torch.tensor([4 / 12, 1, 1, 4 / 12])
     expected = rows[:, None] * (columns.flip(0) if mirror else columns)
     torch.testing.assert_close(cells, expected)

@@ -337,9 +337,9 @@ def test_match_sheet_has_a_row_a_pair_spread_over_the_set_and_a_column_a_method(
 
 
 def test_match_sheet_judges_points_at_alpha_010_of_the_box():
-    """A miss of 6 px along both axes is 8.5 px: beyond 0.10 x 50 px, within it for a box of 90 px."""
+    """A miss of 6 px along both axes is 8.5 px: beyond 0.10 x 80 px, within it for a box of 90 px."""
     predictions, keypoints = sheet_set(2)
-    keypoints.pairs[1] = keypoints.pairs[1]._replace(extent=90.0)
+    keypoints.pairs = [pair._replace(extent=d) for pair, d in zip(keypoints.pairs, (80.0, 90.0))]
     page = match_sheet(predictions, keypoints, 2)
     column = 384 + 4 + 96 + 8
     # Every line starts at the source's point, 1.5 px from its corner: drawn at 14.4, 14.4.
@@ -408,7 +408,7 @@ def test_a_foreign_file_of_tensors_is_no_checkpoint(run_main, tmp_path):
 
 def table_lines(text: str) -> dict[str, list[float]]:
     """Lines of the form "name   1.0   2.0   3.0" by name, in print order."""
-    found = re.findall(r"^ *(\S.*?) {2,}((?: *\d+\.\d+)+)$", text, re.MULTILINE)
+    found = re.findall(r"^ *(\S.*?) {2,}((?: *\d+(?:\.\d+)?)+)$", text, re.MULTILINE)
     return {name: [float(v) for v in values.split()] for name, values in found}
 
 
