@@ -3,9 +3,9 @@
 Training sets give images with class labels and pair them within a class; keypoint sets give image pairs with annotated
 points and are only ever scored on. `shapes` is both, is drawn on the fly, and needs no files.
 
-Keypoints are (x, y) with pixel centres at integers. Every image is squashed to S x S and cut into h x w cells, so a cell's
-centre is ((i + 0.5) * W / w - 0.5) in the pixels of the image itself; `pixels_to_cells` and `cells_to_pixels` are the only
-places that know.
+Keypoints are (x, y) with pixel centres at integers. Every image is squashed to S x S and cut into h x w cells, so a
+cell's centre is ((i + 0.5) * W / w - 0.5) in the pixels of the image itself; `pixels_to_cells` and `cells_to_pixels`
+are the only places that know.
 """
 
 import csv
@@ -98,7 +98,9 @@ def prepare(
         raise ValueError(f"--size {size}: not a multiple of the backbone's patch of {patch} px")
     box = box or (0, 0, *image.size)
     array = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box), np.float32) / 255
-    tensor = (torch.from_numpy(array).permute(2, 0, 1) - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    tensor = (torch.from_numpy(array).permute(2, 0, 1) - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(
+        3, 1, 1
+    )
     cells = None
     if saliency is not None:
         sx, sy = saliency.width / image.width, saliency.height / image.height
@@ -110,7 +112,7 @@ def prepare(
 
 
 def random_box(size: tuple[int, int], rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """A random crop of 35 to 100 % of the area with an aspect ratio changed by 3/4 to 4/3, in pixels of a (W, H) image."""
+    """A random crop, 35 to 100 % of the area, aspect ratio changed by 3/4 to 4/3, in pixels of a (W, H) image."""
     width, height = size
     area, ratio = rng.uniform(0.35, 1.0), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
     w, h = width * min(1.0, np.sqrt(area * ratio)), height * min(1.0, np.sqrt(area / ratio))
@@ -220,10 +222,10 @@ def spair_train(root: str | None, saliency: str | None = None) -> PairedSet:
     return PairedSet(pairs, saliency)
 
 
-PASCAL_CLASSES = (
-    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
-    "sofa train tvmonitor"
-).split()
+PASCAL_CLASSES = [
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+]
 
 
 def pfpascal_train(root: str | None, saliency: str | None = None) -> PairedSet:
@@ -298,7 +300,9 @@ class PairStream(Sampler):
         self.start, self.rank, self.world = start, rank, world
         self.per_epoch = len(images.epoch_pairs(seed, 0)) // batch
         if not self.per_epoch:
-            raise ValueError(f"--batch {batch}: the training set has only {len(images.epoch_pairs(seed, 0))} pairs an epoch")
+            raise ValueError(
+                f"--batch {batch}: the training set has only {len(images.epoch_pairs(seed, 0))} pairs an epoch"
+            )
 
     def __iter__(self):
         position, epoch, pairs = self.start + self.rank, -1, []
@@ -380,7 +384,7 @@ SHAPE_SPLITS = {"train": (0, 60), "val": (100_000, 8), "test": (200_000, 20)}  #
 
 
 class Shapes(ImageSet):
-    """The built-in set of one split: images are drawn on first use and kept. A saliency map is the object's silhouette."""
+    """The built-in set of one split, drawn on first use and kept. A saliency map is the object's silhouette."""
 
     def __init__(self, split: str, saliency: bool = True) -> None:
         if split not in SHAPE_SPLITS:

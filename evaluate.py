@@ -5,10 +5,10 @@
     python evaluate.py --dataset pfwillow --datapath PF-WILLOW --baseline nn hough --backbone dinov2_vits14 --layer 10
 
 Protocol: source to target, scored in the target image's own pixels, unpadded points; a point is right if it lies within
-alpha * d of the truth (<=). d is the longer side of the target's box: "bbox" takes the object's box or, on PF-WILLOW, the
-box of the target's points. "bbox-padded" is what many older PF-WILLOW tables hold: in an image squashed to 256 x 256, the
-extent of points that were padded with -1 (on average 1.28 times too large). "per image" is the mean over pairs of a pair's
-share of right points, "per point" the share over all points.
+alpha * d of the truth (<=). d is the longer side of the target's box: "bbox" takes the object's box or, on PF-WILLOW,
+the box of the target's points. "bbox-padded" is what many older PF-WILLOW tables hold: in an image squashed to 256x256,
+the extent of points that were padded with -1 (on average 1.28 times too large). "per image" is the mean over pairs of a
+pair's share of right points, "per point" the share over all points.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def correct_points(pred: Tensor, truth: Tensor, extent: float, alphas: tuple[flo
 
 
 def padded_extent(kps: Tensor) -> float:
-    """d of rule "bbox-padded": the extent of points (n, 2) after padding with -1, that is the largest coordinate + 1."""
+    """d of rule "bbox-padded": the extent of points (n, 2) after padding with -1: the largest coordinate + 1."""
     return float(kps.max()) + 1
 
 
@@ -67,10 +67,7 @@ def predict(cascade, keypoints: data.KeypointSet, methods: list[str], batch: int
     grid = next(iter(features.values())).grid
     for first in tqdm(range(0, len(keypoints), batch), "pairs", disable=quiet, leave=False):
         pairs = keypoints.pairs[first : first + batch]
-        src, trg = (
-            Features(*(torch.cat(x) for x in zip(*(features[p[side]] for p in pairs))))
-            for side in (0, 1)
-        )
+        src, trg = (Features(*(torch.cat(x) for x in zip(*(features[p[side]] for p in pairs)))) for side in (0, 1))
         cells = [data.pixels_to_cells(p.src_kps, sizes[p.src], grid) for p in pairs]
         points = torch.nn.utils.rnn.pad_sequence(cells, batch_first=True).to(src.feat.device)  # (B, n, 2)
         for method in methods:
@@ -109,8 +106,8 @@ def print_scores(table: dict, method: str, keypoints: data.KeypointSet, alphas: 
     """One method's table, headed by its protocol."""
     points = sum(len(p.src_kps) for p in keypoints.pairs)
     print(
-        f"\n{method} on {keypoints.name}: {len(keypoints)} pairs, {points} points, input {size}x{size}, source to target,"
-        " target pixels, <="
+        f"\n{method} on {keypoints.name}: {len(keypoints)} pairs, {points} points, input {size}x{size},"
+        " source to target, target pixels, <="
     )
     print(f"{'PCK (%) at alpha':34s}" + "".join(f"{a:8.2f}" for a in alphas))
     for rule, block in table.items():
@@ -194,7 +191,9 @@ def main() -> None:
     parser.add_argument("--dataset", choices=DATASETS, required=True)
     parser.add_argument("--datapath", help="folder of the data set")
     parser.add_argument("--checkpoint", help="checkpoint written by train.py")
-    parser.add_argument("--stage", nargs="+", choices=("image", "region", "pixel"), help="default: the last one trained")
+    parser.add_argument(
+        "--stage", nargs="+", choices=("image", "region", "pixel"), help="default: the last one trained"
+    )
     parser.add_argument("--baseline", nargs="*", choices=BACKBONE_METHODS, help="score the frozen backbone")
     parser.add_argument("--backbone", help="without a checkpoint: which backbone (default random_vit8)")
     parser.add_argument("--weights", help="backbone weights file instead of a download")

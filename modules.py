@@ -74,7 +74,9 @@ _META = "https://dl.fbaipublicfiles.com"
 BACKBONES = {
     "ibot_vitb16": ViTSpec("dino", 768, 12, 16, 14, f"{_IBOT}/vitb_16/checkpoint_teacher.pth"),
     "ibot_vits16": ViTSpec("dino", 384, 6, 16, 14, f"{_IBOT}/vits_16/checkpoint_teacher.pth"),
-    "dino_vitb16": ViTSpec("dino", 768, 12, 16, 14, f"{_META}/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"),
+    "dino_vitb16": ViTSpec(
+        "dino", 768, 12, 16, 14, f"{_META}/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"
+    ),
     "dino_vits16": ViTSpec(
         "dino", 384, 6, 16, 14, f"{_META}/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"
     ),
@@ -287,8 +289,8 @@ def load_backbone(name: str, weights: str | None = None, layer: int = -1) -> Bac
     missing, extra = expected.keys() - state.keys(), state.keys() - expected.keys()
     if missing or extra:
         raise ValueError(
-            f"{origin} is not a checkpoint of {name}: {len(missing)} keys missing (such as {min(missing, default='-')}),"
-            f" {len(extra)} unknown (such as {min(extra, default='-')})"
+            f"{origin} is not a checkpoint of {name}: {len(missing)} keys missing (such as"
+            f" {min(missing, default='-')}), {len(extra)} unknown (such as {min(extra, default='-')})"
         )
     for key, value in expected.items():
         if state[key].shape != value.shape:
@@ -300,7 +302,7 @@ def load_backbone(name: str, weights: str | None = None, layer: int = -1) -> Bac
 
 
 def _draw_weights(vit: ViT) -> None:
-    """Seeded weights under which every block mixes: LeCun-normal linear maps, position embeddings well below content."""
+    """Seeded weights under which every block mixes: LeCun-normal maps, position embeddings well below content."""
     generator = torch.Generator().manual_seed(0)
     for name, value in sorted(vit.state_dict().items()):
         if name.endswith("weight") and value.ndim > 1:
@@ -678,7 +680,7 @@ def greedy_selection(score: Tensor, keep_s: Tensor | None = None, keep_t: Tensor
         if not alive_r.any():
             break
         mutual = alive_r & (i.gather(1, j) == torch.arange(table.shape[1], device=device))
-        # Where all remaining scores are equal the rounds would yield one pair each; the loop pairs such a table in order.
+        # Where all remaining scores are equal, rounds would yield one pair each; the loop pairs such a table in order.
         if 8 * mutual.sum() < alive_r.sum():
             flat = best.amax(1) == table.masked_fill(table == none, float("inf")).amin((1, 2))
             rank = alive_r.cumsum(1) - 1
@@ -708,8 +710,8 @@ def greedy_selection(score: Tensor, keep_s: Tensor | None = None, keep_t: Tensor
 
 @torch.no_grad()
 def pair_nms(pairs: Pairs, width_s: int, width_t: int, radius: float, keep: int) -> Pairs:
-    """Non-maximum suppression of pairs: one is dropped if either of its ends lies nearer than `radius` cells (the larger
-    of the two axis distances) to the same end of a better pair that was kept. Returns the best `keep` that remain.
+    """Non-maximum suppression of pairs: one is dropped if either of its ends lies nearer than `radius` cells (the
+    larger of the two axis distances) to the same end of a better, kept pair. Returns the best `keep` that remain.
 
     pairs: best first, flat cell indices in grids of width_s and width_t columns.
     """

@@ -40,8 +40,9 @@ class PixelConfig(MatchConfig):
 def soft_target(points: Tensor, height: int, width: int) -> Tensor:
     """Heat map of a point (MMNet): its four surrounding cells weighted by inverse distance, then a 3x3 Gaussian.
 
-    Weights 1 / max(distance, 1e-5), normalised to 1; the Gaussian has standard deviation 3 / 4.708 cells, sums to 1, and
-    what it spreads beyond the border is lost. points (..., 2) as (x, y) in cells, inside the grid; returns (..., H, W).
+    Weights 1 / max(distance, 1e-5), normalised to 1; the Gaussian has standard deviation 3 / 4.708 cells, sums to 1,
+    and what it spreads beyond the border is lost. points (..., 2) as (x, y) in cells, inside the grid; returns
+    (..., H, W).
     """
     x, y = points[..., 0, None, None], points[..., 1, None, None]
     xs, ys = torch.arange(width, device=points.device), torch.arange(height, device=points.device)[:, None]

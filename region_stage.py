@@ -57,7 +57,7 @@ class RegionStage(nn.Module):
 
         corr (B*K, r, r, r, r): volumes of the positives; valid (B, K): real windows; labels (B,): classes.
         """
-        cfg, (batch, count) = self.cfg, valid.shape
+        cfg, count = self.cfg, valid.shape[1]
         rolled = src.map(lambda x: x.roll(count, 0))  # windows of image b - 1 beside those of image b
         negative = (labels.roll(1, 0) != labels)[:, None] & valid & valid.roll(1, 0)
         keep_s, keep_t = (foreground(x.saliency, cfg.saliency_threshold) for x in (src, trg))

@@ -4,9 +4,11 @@ Every category is one short function that draws an object facing right, in a fra
 from polygons, ellipses, limbs and arcs. Points are complex numbers x + iy, so that a rotation is a product: with y
 down, angle 0 points right (front), 90 down, 180 left (back) and -90 up.
 
-Hue and texture are random for each part of each instance; what is shared within a category is the arrangement of the
-parts and their local shape (a white eye with a dark pupil, a dark tyre with a light hub, striped fins).
+Hue and texture of a part vary about those of its role, pose and proportions vary widely, half of the objects look the
+other way, and clutter of the same kinds of pieces lies behind them. What an object shares with its class is the
+arrangement of its parts and their local shape (a white eye with a dark pupil, a dark tyre with a light hub).
 """
+
 import colorsys
 import zlib
 from collections.abc import Callable, Sequence
@@ -17,12 +19,10 @@ from PIL import Image, ImageChops, ImageDraw
 
 SUPERSAMPLE = 3         # objects are drawn this many times larger, then box-averaged down: antialiasing
 OUTLINE = 0.008         # width of a part's outline, in image sides
-HUE_SPREAD = 0.05
-TURN=12
-SCALE=(0.6,0.9)
-BG=1.0
-LIGHT=True
-TEX=0.7
+TURN = 12.0             # degrees of in-plane rotation either way
+LONGER_SIDE = (0.6, 0.9)  # of the object, in image sides
+HUE_SPREAD = 0.05       # standard deviation of a part's hue around that of its role, in turns of the colour circle
+USUAL_TEXTURE = 0.7     # how often a part wears its role's own texture rather than any
 TEXTURES = ("plain", "stripes", "dots", "gradient")
 FIXED_COLOURS = {"white": (244, 244, 238), "black": (26, 26, 32), "glass": (176, 216, 236)}
 FIXED_TEXTURES = {"fin": "stripes", "wing": "stripes", "hub": "plain", "beak": "plain"} | dict.fromkeys(
@@ -55,7 +55,7 @@ class Figure:
     """
 
     def __init__(self, rng: np.random.Generator, saturation: tuple[float, float] = (0.45, 0.95)):
-        self.rng, self.saturation, self.light = rng, saturation, True if LIGHT else bool(rng.integers(2))
+        self.rng, self.saturation, self.light = rng, saturation, True
         self.parts: list[tuple[np.ndarray, str, complex]] = []  # closed polygon, role, direction stripes run across
         self.styles: dict[str, Style] = {}
         self.kps: dict[str, complex] = {}
@@ -97,14 +97,16 @@ class Figure:
         self.ellipse(centre + 0.25 * radius, 0.5 * radius, 0.5 * radius, "black")
 
     def _style(self, role: str) -> Style:
-        """A random hue and texture. Roles alternate between light and dark, so that neighbours stand apart."""
+        """A look near the role's own. Roles alternate between light and dark, so that neighbours stand apart."""
         self.light = not self.light
         value = self.u(0.78, 1.0) if self.light else self.u(0.42, 0.62)
-        hue = (zlib.crc32(role.encode()) / 2**32 + HUE_SPREAD * float(self.rng.normal())) % 1
+        own = zlib.crc32(role.encode())
+        hue = (own / 2**32 + HUE_SPREAD * float(self.rng.normal())) % 1
         rgb = colorsys.hsv_to_rgb(hue, self.u(*self.saturation), value)
         base = FIXED_COLOURS.get(role) or tuple(int(255 * c) for c in rgb)
         shade = tuple(min(255, int((0.55 if self.light else 1.55) * c)) for c in base)
-        texture = FIXED_TEXTURES.get(role) or (TEXTURES[zlib.crc32(role.encode())%4] if self.rng.random()<TEX else str(self.rng.choice(TEXTURES)))
+        any_texture, usual = str(self.rng.choice(TEXTURES)), self.rng.random() < USUAL_TEXTURE
+        texture = FIXED_TEXTURES.get(role) or (TEXTURES[own % len(TEXTURES)] if usual else any_texture)
         return Style(base, shade, tuple(int(0.3 * c) for c in base), texture, self.u(0.06, 0.1))
 
 
@@ -352,7 +354,7 @@ def draw_background(rng: np.random.Generator, side: int) -> Image.Image:
     """An RGB image of side x side: a colour gradient with smooth noise, muted clutter and one to three distractors."""
     corners = Image.fromarray(rng.integers(80, 200, (2, 2, 3), dtype=np.uint8))
     ramp = np.asarray(corners.resize((12, 12), Image.Resampling.BILINEAR), dtype=float)
-    noise = BG*(rng.normal(0, 14, (12, 12, 1)) + rng.normal(0, 6, (12, 12, 3)))      # mostly of brightness
+    noise = rng.normal(0, 14, (12, 12, 1)) + rng.normal(0, 6, (12, 12, 3))      # mostly of brightness
     coarse = Image.fromarray(np.clip(ramp + noise, 0, 255).astype(np.uint8))
     image = coarse.resize((side, side), Image.Resampling.BICUBIC)
 
@@ -396,11 +398,11 @@ def draw_shape(category: str, seed: int, size: int = 128) -> dict:
         z = np.asarray(z, dtype=complex)
         return turn * (-z.conj() if mirror else z)
 
-    # the longer side becomes 45 to 85 % of the image's, and the whole object lies inside the image
+    # the whole object lies inside the image
     points = posed(np.concatenate([outline for outline, _, _ in figure.parts]))
     xy = np.stack([points.real, points.imag])                   # (2, n)
     low, extent = xy.min(1), np.ptp(xy, 1)
-    scale, margin = rng.uniform(*SCALE) * side / extent.max(), 0.02 * side      # the margin is for the outline
+    scale, margin = rng.uniform(*LONGER_SIDE) * side / extent.max(), 0.02 * side      # the margin is for the outline
     shift = complex(*(margin + rng.uniform(0, 1, 2) * (side - 2 * margin - scale * extent) - scale * low))
 
     image = draw_background(rng, side)

@@ -16,7 +16,6 @@ import inspect
 import json
 import math
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -48,7 +47,9 @@ class Config(ImageConfig, RegionConfig, PixelConfig):
 
     dataset: str = "shapes"  # shapes, folder (ROOT/<class>/*.jpg), spair or pfpascal (weak pairs of the training split)
     root: str | None = None  # folder of the data set
-    saliency: str = "auto"  # folder of maps <class>/<image>_sal.png; attention; none; auto: shapes' silhouettes, else none
+    saliency: str = (
+        "auto"  # folder of maps <class>/<image>_sal.png; attention; none; auto: shapes' silhouettes, else none
+    )
     augment: bool = True  # random crops (35-100 % of the area) and mirroring, each image on its own
     val: str = "auto"  # PCK is measured on it: shapes, pfwillow, none; auto: shapes if trained on, else none
     val_root: str | None = None  # folder of the validation set
@@ -162,7 +163,14 @@ class Cascade(nn.Module):
                     losses["region"] = self.region.loss(region_corr, regions.src, regions.trg, regions.valid, labels)
         if cfg.stages >= 3 and train["pixel"]:
             chosen = self.region.select(
-                region_corr, regions.src, regions.trg, regions.origin_s, regions.origin_t, regions.valid, src.grid, trg.grid
+                region_corr,
+                regions.src,
+                regions.trg,
+                regions.origin_s,
+                regions.origin_t,
+                regions.valid,
+                src.grid,
+                trg.grid,
             )
             losses["pixel"] = self.pixel.loss(self.pixel(src, trg), chosen)
             counts["pairs"] = chosen.valid.float().sum(1).mean()
@@ -173,7 +181,11 @@ class Cascade(nn.Module):
         method = method or self.cfg.final_stage
         if method in BACKBONE_METHODS:
             corr = cosine_volume(src.feat, trg.feat, src.grid, trg.grid)
-            return corr if method == "nn" else hough_matching(corr, None, None, self.cfg.hough_side, self.cfg.hough_exponent)
+            return (
+                corr
+                if method == "nn"
+                else hough_matching(corr, None, None, self.cfg.hough_side, self.cfg.hough_exponent)
+            )
         if method == "region":
             raise ValueError("the region stage has no volume of whole images")
         return getattr(self, method)(src, trg)
@@ -223,7 +235,9 @@ def load_stages(cascade: Cascade, state: dict, path: str, stages: tuple[str, ...
     """Load the named stages strictly; refuses weights that were trained on another backbone."""
     found = _fingerprint(cascade.backbone)
     if not math.isclose(found, state["backbone"], rel_tol=1e-4):
-        raise ValueError(f"{path} was trained on other backbone weights than {cascade.cfg.weights or cascade.cfg.backbone}")
+        raise ValueError(
+            f"{path} was trained on other backbone weights than {cascade.cfg.weights or cascade.cfg.backbone}"
+        )
     for stage in stages:
         part = {k.removeprefix(f"{stage}."): v for k, v in state["model"].items() if k.startswith(f"{stage}.")}
         try:
@@ -327,7 +341,7 @@ def learning_rate(cfg: Config, step: int) -> float:
 
 
 def batch_features(cascade: Cascade, batch: dict, cache: dict | None) -> tuple[Features, Features]:
-    """Features of a micro-batch's sources and targets, each image through the backbone once, or never again if cached."""
+    """Features of a micro-batch's sources and targets; an image passes the backbone once, or never again if cached."""
     ids = torch.cat(batch["index"]).tolist()  # sources, then targets
     images = torch.cat([batch["src_img"], batch["trg_img"]])
     saliency = torch.cat([batch["src_sal"], batch["trg_sal"]])
@@ -373,7 +387,9 @@ def train(cfg: Config, resume: str | None = None) -> Cascade:
     """Train as configured; writes metrics.jsonl, last.pt and matches.png under cfg.out and returns the cascade."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = cfg.device.startswith("cuda") or (cfg.device == "auto" and torch.cuda.is_available())
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda and world > 1 else "cuda" if cuda else "cpu")
+    device = torch.device(
+        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda and world > 1 else "cuda" if cuda else "cpu"
+    )
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     chief = rank == 0
@@ -410,7 +426,7 @@ def train(cfg: Config, resume: str | None = None) -> Cascade:
         kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= start] if resume else []
         log.write_text("".join(line + "\n" for line in kept))
         count = sum(p.numel() for p in params)
-        print(f"torch {torch.__version__}, {device}, {world} process(es), {platform.machine()}, commit {commit_of_source()}")
+        print(f"torch {torch.__version__}, {device}, {world} process(es), commit {commit_of_source()}")
         print(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
         print(f"{len(images)} images of {len(images.classes)} classes, {count / 1e6:.2f} M trainable parameters")
 
@@ -461,8 +477,8 @@ def train(cfg: Config, resume: str | None = None) -> Cascade:
         norm = torch.nn.utils.clip_grad_norm_(params, cfg.clip or math.inf)
         if not math.isfinite(float(norm) + logged["loss"]):
             raise ValueError(
-                f"step {step}: loss {logged} with gradient norm {float(norm)} is not finite; the last good checkpoint stands."
-                " Lower --lr, or set --clip"
+                f"step {step}: loss {logged} with gradient norm {float(norm)} is not finite;"
+                " the last checkpoint stands. Lower --lr, or set --clip"
             )
         optimizer.step()
         optimizer.zero_grad()

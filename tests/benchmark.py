@@ -30,7 +30,11 @@ def main() -> None:
         corr = cosine_volume(*torch.randn(2, 1, n * n, 64, generator=generator), (n, n), (n, n))
         score = hough_matching(corr)
         rows = (
-            ("greedy against the argmax loop", lambda s=score: greedy_selection(s), lambda s=score: greedy_literal(s[0])),
+            (
+                "greedy against the argmax loop",
+                lambda s=score: greedy_selection(s),
+                lambda s=score: greedy_literal(s[0]),
+            ),
             ("hough against N x bins", lambda c=corr: hough_matching(c), lambda c=corr: hough_table(c[0])),
         )
         for name, ours, literal in rows:

@@ -124,7 +124,7 @@ def test_prepare_normalises_by_the_channel_means_and_deviations_of_imagenet():
 
 @pytest.mark.parametrize("mirror", [False, True])
 def test_crop_and_mirror_move_image_and_saliency_alike(mirror):
-    """A bright rectangle is its own saliency map, kept at 1/2 x 1/4 of the resolution; shares of cells in closed form."""
+    """A bright rectangle is its own saliency map, at 1/2 x 1/4 of the resolution; a cell's share has a closed form."""
     pixels, coarse = np.zeros((64, 96, 3), np.uint8), np.zeros((16, 48), np.float32)
     pixels[12:44, 40:80] = 255
     coarse[3:11, 20:40] = 1

@@ -51,7 +51,9 @@ def small(monkeypatch):
         monkeypatch.setitem(modules.BACKBONES, name, spec._replace(width=24, heads=3, depth=3))
 
 
-def literal_vit(state: dict, images: torch.Tensor, heads: int, patch: int, pos: torch.Tensor, layer: int) -> torch.Tensor:
+def literal_vit(
+    state: dict, images: torch.Tensor, heads: int, patch: int, pos: torch.Tensor, layer: int
+) -> torch.Tensor:
     """A ViT written with nothing but matrix products, from an official state dict."""
 
     def norm(x, key):
@@ -60,8 +62,12 @@ def literal_vit(state: dict, images: torch.Tensor, heads: int, patch: int, pos: 
 
     h, w = images.shape[-2] // patch, images.shape[-1] // patch
     weight = state["patch_embed.proj.weight"].flatten(1)
-    cells = images.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 1, 4, 5).reshape(len(images), h * w, -1)
-    x = torch.cat([state["cls_token"].expand(len(images), -1, -1), cells @ weight.T + state["patch_embed.proj.bias"]], 1)
+    cells = (
+        images.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 1, 4, 5).reshape(len(images), h * w, -1)
+    )
+    x = torch.cat(
+        [state["cls_token"].expand(len(images), -1, -1), cells @ weight.T + state["patch_embed.proj.bias"]], 1
+    )
     x = x + pos
     if "register_tokens" in state:
         x = torch.cat([x[:, :1], state["register_tokens"].expand(len(x), -1, -1), x[:, 1:]], 1)
@@ -202,8 +208,12 @@ def test_weights_are_downloaded_once_into_the_hub_cache(small, tmp_path, monkeyp
 
 
 def test_official_parameter_counts():
-    for name, count in (("ibot_vits16", 21_665_664), ("ibot_vitb16", 85_798_656), ("dinov2_vits14", 22_056_192),
-                        ("dinov2_vitb14", 86_579_712)):  # DINOv2's files hold a mask token of one width more
+    for name, count in (
+        ("ibot_vits16", 21_665_664),
+        ("ibot_vitb16", 85_798_656),
+        ("dinov2_vits14", 22_056_192),
+        ("dinov2_vitb14", 86_579_712),
+    ):  # DINOv2's files hold a mask token of one width more
         with torch.device("meta"):
             assert sum(p.numel() for p in Backbone(name).parameters()) == count
 
@@ -290,7 +300,7 @@ def test_window_attention_equals_full_attention_with_a_mask(sides, shift):
     for axis, n in enumerate(sides):
         w = min(window, n)
         step = w // 2 if shift and n > w else 0
-        # Windows of a shifted side start at step - w, step, step + w, ...: the first and the last are cut by the border.
+        # Windows of a shifted side start at step - w, step, step + w, ...; the border cuts the first and the last.
         cell = (tokens[:, axis] - step).div(w, rounding_mode="floor")
         same &= cell[:, None] == cell[None]
         delta = (tokens[:, None, axis] - tokens[None, :, axis]).clamp(1 - window, window - 1)
@@ -474,7 +484,7 @@ def test_kernel_soft_argmax_matches_naive_loop():
 
 
 def test_transfer_goes_from_source_to_target():
-    """A volume that maps source cell (x, y) to target cell (x + 2, y + 1) moves points by that, from source to target."""
+    """A volume that maps source cell (x, y) to target cell (x + 2, y + 1) moves points by that, source to target."""
     corr = torch.zeros(1, 4, 5, 6, 8)
     for y in range(4):
         for x in range(5):

@@ -163,9 +163,7 @@ def test_soft_target_matches_mmnets_formula():
         near = [(i, j) for j in {math.floor(y), math.ceil(y)} for i in {math.floor(x), math.ceil(x)}]
         weights = {c: 1 / max(math.hypot(c[0] - x, c[1] - y), 1e-5) for c in near}
         total, sigma = sum(weights.values()), 3 / 2 / 2.354
-        kernel = {
-            (i, j): math.exp(-(i * i + j * j) / (2 * sigma**2)) for i in (-1, 0, 1) for j in (-1, 0, 1)
-        }
+        kernel = {(i, j): math.exp(-(i * i + j * j) / (2 * sigma**2)) for i in (-1, 0, 1) for j in (-1, 0, 1)}
         mass = sum(kernel.values())
         expected = torch.zeros(height, width)
         for (i, j), weight in weights.items():

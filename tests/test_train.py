@@ -16,11 +16,21 @@ from PIL import Image
 
 from data import Shapes
 from shapes import draw_shape
-from train import PRESETS, Cascade, Config, learning_rate, load_cascade, option_help, parse_config, read_checkpoint, train
+from train import (
+    PRESETS,
+    Cascade,
+    Config,
+    learning_rate,
+    load_cascade,
+    option_help,
+    parse_config,
+    read_checkpoint,
+    train,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--size", "64", "--batch", "3", "--candidates", "6", "--volume-width", "4", "--volume-heads", "1", "--ffn-ratio",
-         "0.25", "--val", "none", "--log-every", "1", "--device", "cpu", "--warmup", "2"]  # fmt: skip
+SMALL = ["--size", "64", "--batch", "3", "--candidates", "6", "--volume-width", "4", "--volume-heads", "1",
+         "--ffn-ratio", "0.25", "--val", "none", "--log-every", "1", "--device", "cpu", "--warmup", "2"]  # fmt: skip
 
 
 def run(*arguments: str, launcher: tuple[str, ...] = (), **options) -> subprocess.CompletedProcess:
@@ -63,7 +73,7 @@ def test_two_processes_equal_one_that_accumulates(tmp_path):
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
-    """SIGKILL after a checkpoint; the resumed run ends bit for bit where an uninterrupted one ends, augmentation and all."""
+    """SIGKILL after a checkpoint; the resumed run ends bit for bit where an uninterrupted one ends."""
     common = [*SMALL, "--steps", "8", "--save-every", "3"]
     process = subprocess.Popen([sys.executable, "train.py", *common, "--out", tmp_path / "killed"], cwd=ROOT,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
@@ -156,7 +166,9 @@ def test_learning_rate_schedule():
 
 
 def test_every_option_is_used_explained_and_known_by_its_name():
-    source = "".join((ROOT / f"{name}.py").read_text() for name in ("train", "modules", "image_stage", "region_stage", "pixel_stage"))
+    source = "".join(
+        (ROOT / f"{name}.py").read_text() for name in ("train", "modules", "image_stage", "region_stage", "pixel_stage")
+    )
     help_of = option_help(Config)
     for field in dataclasses.fields(Config):
         used = rf"cfg\.{field.name}\b" if not field.name.startswith("lambda_") else r'f"lambda_\{stage\}"'
@@ -213,7 +225,9 @@ def test_class_folders_train_with_maps_crops_and_a_corrupt_file(tmp_path):
         for k in range(4):
             record = draw_shape(category, k, 96)
             record["image"].crop((0, 0, 96, 80)).save(tmp_path / "images" / category / f"im_{k}.jpg")
-            Image.fromarray(rng.integers(40, 200, (32, 32), dtype=np.uint8)).save(tmp_path / f"maps/{category}/im_{k}_sal.png")
+            Image.fromarray(rng.integers(40, 200, (32, 32), dtype=np.uint8)).save(
+                tmp_path / f"maps/{category}/im_{k}_sal.png"
+            )
     (tmp_path / "images/dog/im_2.jpg").write_bytes(b"\xff\xd8 cut short")
     flags = ["--dataset", "folder", "--root", tmp_path / "images", "--saliency", tmp_path / "maps", "--steps", "4"]
     out = run("train.py", *SMALL, *flags, "--out", tmp_path / "run")
