@@ -77,7 +77,9 @@ def open_saliency(path: str | Path) -> Image.Image:
     """
     gray = np.asarray(open_image(path).convert("L"), np.float32)
     low, high = gray.min(), gray.max()
-    return Image.fromarray((gray - low) / max(high - low, 1e-6))
+    if high == low:  # nothing stands out: everything is foreground
+        return Image.fromarray(np.ones_like(gray))
+    return Image.fromarray((gray - low) / (high - low))
 
 
 def prepare(
@@ -171,11 +173,10 @@ class PairedSet(ImageSet):
 
     def __init__(self, pairs: list[tuple[Path, Path, str]], saliency: str | None = None) -> None:
         names = sorted({name for *_, name in pairs})
-        label_of = {path: names.index(name) for src, trg, name in pairs for path in (src, trg)}
-        paths = sorted(label_of)
-        super().__init__(paths, [label_of[path] for path in paths], names, saliency)
-        index = {path: k for k, path in enumerate(paths)}
-        self.pairs = [(index[src], index[trg]) for src, trg, _ in pairs]
+        images = sorted({(path, name) for *pair, name in pairs for path in pair})  # a picture may show two classes
+        super().__init__([path for path, _ in images], [names.index(name) for _, name in images], names, saliency)
+        index = {image: k for k, image in enumerate(images)}
+        self.pairs = [(index[src, name], index[trg, name]) for src, trg, name in pairs]
 
     def epoch_pairs(self, seed: int, epoch: int) -> list[tuple[int, int]]:
         order = np.random.default_rng((seed, epoch)).permutation(len(self.pairs))
@@ -193,8 +194,8 @@ def class_folders(root: str | None, saliency: str | None = None) -> ImageSet:
     paths, labels, classes, empty = [], [], [], []
     for folder in folders:
         files = sorted(p for p in folder.iterdir() if p.suffix.lower() in EXTENSIONS)
-        usable = [p for p in files if p.stat().st_size]
-        empty += [p for p in files if not p.stat().st_size]
+        usable = [p for p in files if p.is_file() and p.stat().st_size]
+        empty += sorted(set(files) - set(usable))
         if len(usable) < 2:
             print(f"class {folder.name}: {len(usable)} usable image, no pairs; left out", file=sys.stderr)
             continue
@@ -214,10 +215,13 @@ def spair_train(root: str | None, saliency: str | None = None) -> PairedSet:
     if not layout.is_file():
         raise ValueError(f"--root {root}: expected SPair-71k with JPEGImages/<category>/ and Layout/large/trn.txt")
     pairs = []
-    for line in layout.read_text().split():
-        ids, category = line.split(":")
-        _, src, trg = ids.split("-")
-        folder = Path(root, "JPEGImages", category)
+    for number, line in enumerate(layout.read_text().split(), 1):
+        try:
+            ids, category = line.split(":")
+            _, src, trg = ids.split("-")
+        except ValueError:
+            raise ValueError(f"{layout} line {number}: {line!r} is not seq-source-target:category") from None
+        folder = Path(root or "", "JPEGImages", category)
         pairs.append((folder / f"{src}.jpg", folder / f"{trg}.jpg", category))
     return PairedSet(pairs, saliency)
 
@@ -238,15 +242,16 @@ def pfpascal_train(root: str | None, saliency: str | None = None) -> PairedSet:
         raise ValueError(f"--root {root}: expected PF-PASCAL with JPEGImages/ and trn_pairs.csv")
     with open(found[0], newline="") as file:
         rows = list(csv.reader(file))[1:]
-    folder = Path(root, "JPEGImages")
-    return PairedSet(
-        [
-            (folder / Path(src).name, folder / Path(trg).name, PASCAL_CLASSES[int(label) - 1])
-            for src, trg, label, flip in rows
-            if flip == "0"
-        ],
-        saliency,
-    )
+    folder, pairs, known = Path(root or "", "JPEGImages"), [], dict(enumerate(PASCAL_CLASSES, 1))
+    for number, row in enumerate(rows, 2):
+        try:
+            src, trg, label, flip = row
+            name, flip = known[int(label)], int(flip)
+        except (ValueError, KeyError):
+            raise ValueError(f"{found[0]} line {number}: expected source,target,class 1 to 20,flip 0 or 1") from None
+        if not flip:
+            pairs.append((folder / Path(src).name, folder / Path(trg).name, name))
+    return PairedSet(pairs, saliency)
 
 
 class TrainPairs(Dataset):
@@ -257,17 +262,23 @@ class TrainPairs(Dataset):
     def __init__(self, images: ImageSet, size: int, patch: int, augment: bool, seed: int) -> None:
         self.images, self.size, self.patch, self.augment, self.seed = images, size, patch, augment, seed
 
-    def view(self, index: int, epoch: int) -> tuple[Tensor, Tensor, list[str]]:
-        """Image (3, S, S), saliency cells (h, w) or an empty tensor, and the unreadable files that were passed over."""
-        skipped = []
-        for candidate in [index, *self.images.substitutes(index)]:
+    def view(self, index: int, epoch: int, partner: int) -> tuple[Tensor, Tensor, list[str]]:
+        """Image (3, S, S), saliency cells (h, w) or an empty tensor, and the unreadable files that were passed over.
+
+        What takes an unreadable image's place is of its class and not the partner it is to be matched with.
+        """
+        candidates, skipped = [index], []
+        for candidate in candidates:
             try:
                 image, saliency = self.images.load(candidate)
                 break
             except ValueError as error:
                 skipped.append(str(error))
+                if candidate == index:  # the search runs over all labels: only now
+                    candidates += [i for i in self.images.substitutes(index) if i != partner]
         else:
-            raise ValueError(f"no image of class {self.images.classes[self.images.labels[index]]} can be read")
+            name = self.images.classes[self.images.labels[index]]
+            raise ValueError(f"no image of class {name} can be read; the first: {skipped[0]}")
         box, mirror = None, False
         if self.augment:
             rng = np.random.default_rng((self.seed, epoch, index))
@@ -277,7 +288,8 @@ class TrainPairs(Dataset):
 
     def __getitem__(self, key: tuple[int, int, int]) -> dict:
         epoch, src, trg = key
-        (src_img, src_sal, bad_s), (trg_img, trg_sal, bad_t) = self.view(src, epoch), self.view(trg, epoch)
+        src_img, src_sal, bad_s = self.view(src, epoch, trg)
+        trg_img, trg_sal, bad_t = self.view(trg, epoch, src)
         return {
             "src_img": src_img,
             "trg_img": trg_img,
@@ -298,11 +310,10 @@ class PairStream(Sampler):
     def __init__(self, images: ImageSet, batch: int, seed: int, start: int = 0, rank: int = 0, world: int = 1) -> None:
         self.images, self.batch, self.seed = images, batch, seed
         self.start, self.rank, self.world = start, rank, world
-        self.per_epoch = len(images.epoch_pairs(seed, 0)) // batch
-        if not self.per_epoch:
-            raise ValueError(
-                f"--batch {batch}: the training set has only {len(images.epoch_pairs(seed, 0))} pairs an epoch"
-            )
+        count = len(images.epoch_pairs(seed, 0))
+        if not 1 <= batch <= count:
+            raise ValueError(f"--batch {batch}: at least 1, and the training set has only {count} pairs an epoch")
+        self.per_epoch = count // batch
 
     def __iter__(self):
         position, epoch, pairs = self.start + self.rank, -1, []
@@ -366,15 +377,20 @@ def pfwillow(root: str | None, saliency: str | None = None) -> KeypointSet:
     pairs = []
     for number, row in enumerate(rows, 2):
         try:
-            kps = torch.tensor([float(v) for v in row[2:42]]).view(2, 2, 10).transpose(1, 2)  # (image, point, xy)
+            kps = torch.tensor([float(v) for v in row[2:]]).view(2, 2, 10).transpose(1, 2)  # (image, point, xy)
+            (folder, _), _ = names = [tuple(Path(p).parts[-2:]) for p in row[:2]]
+            if not kps.isfinite().all() or len(names[1]) < 2:
+                raise ValueError
         except (ValueError, RuntimeError):
-            raise ValueError(f"{found[0]} line {number}: expected two paths and 40 coordinates") from None
-        src, trg = (ids.setdefault(tuple(Path(p).parts[-2:]), len(ids)) for p in row[:2])
+            raise ValueError(f"{found[0]} line {number}: expected two <folder>/<image> and 40 coordinates") from None
+        src, trg = (ids.setdefault(name, len(ids)) for name in names)
         extent = float((kps[1].amax(0) - kps[1].amin(0)).max())
-        pairs.append(KeypointPair(src, trg, kps[0], kps[1], Path(row[0]).parts[-2], extent))
+        pairs.append(KeypointPair(src, trg, kps[0], kps[1], folder, extent))
+    if not pairs:
+        raise ValueError(f"{found[0]}: no pairs in it")
     classes = sorted({folder for folder, _ in ids})
     labels = [classes.index(folder) for folder, _ in ids]
-    return KeypointSet("PF-WILLOW", ImageSet([Path(root, *i) for i in ids], labels, classes, saliency), pairs)
+    return KeypointSet("PF-WILLOW", ImageSet([Path(root or "", *i) for i in ids], labels, classes, saliency), pairs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -57,23 +57,23 @@ def predict(cascade, keypoints: data.KeypointSet, methods: list[str], batch: int
 
     Returns {method: [(n, 2) points in target pixels, one entry a pair]}.
     """
-    features, sizes = {}, {}
+    features = {}
     for index in tqdm(sorted({i for p in keypoints.pairs for i in p[:2]}), "features", disable=quiet, leave=False):
         image, saliency = keypoints.load(index)
         tensor, cells = data.prepare(image, saliency, cascade.cfg.size, cascade.backbone.patch)
         cells = None if cells is None else cells[None]
-        features[index], sizes[index] = cascade.features(tensor[None], cells), image.size
+        features[index], keypoints.sizes[index] = cascade.features(tensor[None], cells), image.size
     predictions = {method: [] for method in methods}
     grid = next(iter(features.values())).grid
     for first in tqdm(range(0, len(keypoints), batch), "pairs", disable=quiet, leave=False):
         pairs = keypoints.pairs[first : first + batch]
         src, trg = (Features(*(torch.cat(x) for x in zip(*(features[p[side]] for p in pairs)))) for side in (0, 1))
-        cells = [data.pixels_to_cells(p.src_kps, sizes[p.src], grid) for p in pairs]
+        cells = [data.pixels_to_cells(p.src_kps, keypoints.size(p.src), grid) for p in pairs]
         points = torch.nn.utils.rnn.pad_sequence(cells, batch_first=True).to(src.feat.device)  # (B, n, 2)
         for method in methods:
             moved = cascade.transfer(src, trg, points, method).cpu()
             for k, pair in enumerate(pairs):
-                pixels = data.cells_to_pixels(moved[k, : len(pair.src_kps)], sizes[pair.trg], grid)
+                pixels = data.cells_to_pixels(moved[k, : len(pair.src_kps)], keypoints.size(pair.trg), grid)
                 predictions[method].append(pixels)
     return predictions
 
@@ -87,7 +87,7 @@ def score(predictions: list[Tensor], keypoints: data.KeypointSet, alphas: tuple[
     for rule in ("bbox", "bbox-padded") if keypoints.name == "PF-WILLOW" else ("bbox",):
         hits = [
             pair_hits(pred, pair, keypoints.size(pair.trg), rule, alphas).float()
-            for pred, pair in zip(predictions, keypoints.pairs)
+            for pred, pair in zip(predictions, keypoints.pairs, strict=True)
         ]
         pair_pck = torch.stack([h.mean(0) for h in hits]) * 100  # (pairs, alphas)
         classes = [p.category for p in keypoints.pairs]
@@ -109,9 +109,10 @@ def print_scores(table: dict, method: str, keypoints: data.KeypointSet, alphas: 
         f"\n{method} on {keypoints.name}: {len(keypoints)} pairs, {points} points, input {size}x{size},"
         " source to target, target pixels, <="
     )
-    print(f"{'PCK (%) at alpha':34s}" + "".join(f"{a:8.2f}" for a in alphas))
+    print(f"{'PCK (%) at alpha':34s}" + "".join(f"{a:8g}" for a in alphas))
     for rule, block in table.items():
-        lines = [(f"{rule}, per image", block["per_image"]), (f"{rule}, per point", block["per_point"])]
+        frame = f"{rule} (256x256)" if rule == "bbox-padded" else rule
+        lines = [(f"{frame}, per image", block["per_image"]), (f"{frame}, per point", block["per_point"])]
         if rule == "bbox":
             lines += [(f"  {name}", values) for name, values in block["per_class"].items()]
         for name, values in lines:
@@ -159,7 +160,8 @@ def draw_matches(
 def match_sheet(predictions: dict[str, list[Tensor]], keypoints: data.KeypointSet, count: int = 8) -> Image.Image:
     """A page of pairs spread over the set, one column a method, at alpha 0.10 of rule "bbox"."""
     rows = []
-    for k in range(0, len(keypoints), max(1, len(keypoints) // count))[:count]:
+    count = min(count, len(keypoints))
+    for k in (i * len(keypoints) // count for i in range(count)):
         pair = keypoints.pairs[k]
         images = [keypoints.load(i)[0] for i in (pair.src, pair.trg)]
         cells = []
@@ -185,7 +187,7 @@ DATASETS = {
 
 
 def main() -> None:
-    from train import BACKBONE_METHODS, Cascade, Config, load_cascade
+    from train import BACKBONE_METHODS, STAGES, Cascade, Config, load_cascade
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", choices=DATASETS, required=True)
@@ -210,6 +212,17 @@ def main() -> None:
         args.baseline = list(BACKBONE_METHODS)
     if not (args.checkpoint or args.baseline):
         parser.error("give --checkpoint FILE, or --baseline nn hough to score the frozen backbone")
+    if args.stage and not args.checkpoint:
+        parser.error("--stage needs --checkpoint")
+    if args.batch < 1 or args.visualize < 0 or min(args.alpha) < 0:
+        parser.error("--batch must be at least 1, --visualize and --alpha at least 0")
+    for place in (args.json, args.out if args.visualize else None):
+        if place and not Path(place).resolve().parent.is_dir():
+            parser.error(f"cannot write {place}: no such folder")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     overrides = {k: v for k in ("backbone", "layer", "size") if (v := getattr(args, k)) is not None}
     keypoints = DATASETS[args.dataset](args.datapath)
     if args.checkpoint:
@@ -218,6 +231,9 @@ def main() -> None:
     else:
         cascade = Cascade(Config(weights=args.weights, **overrides)).to(args.device).eval()
         methods = args.baseline
+    if missing := [m for m in methods if m in STAGES[cascade.cfg.stages :]]:
+        raise ValueError(f"--stage {missing[0]}: {args.checkpoint} ends with the {cascade.cfg.final_stage} stage")
+    methods = list(dict.fromkeys(methods))
     start = time.perf_counter()
     predictions = predict(cascade, keypoints, methods, args.batch, quiet=not sys.stderr.isatty())
     seconds = time.perf_counter() - start
@@ -229,7 +245,8 @@ def main() -> None:
         match_sheet(predictions, keypoints, args.visualize).save(args.out)
         print(f"{min(args.visualize, len(keypoints))} pairs drawn in {args.out}")
     if args.json:
-        report = {"dataset": keypoints.name, "pairs": len(keypoints), "size": cascade.cfg.size, "alphas": args.alpha}
+        cfg = {key: getattr(cascade.cfg, key) for key in ("backbone", "layer", "size")}
+        report = {"dataset": keypoints.name, "pairs": len(keypoints), "alphas": args.alpha} | cfg
         Path(args.json).write_text(json.dumps(report | {"checkpoint": args.checkpoint, "scores": scores}, indent=1))
 
 

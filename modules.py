@@ -90,7 +90,7 @@ BACKBONES = {
         "dinov2_reg", 384, 6, 14, 37, f"{_META}/dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth"
     ),
     # Never trained: its weights are drawn from a fixed seed, so that the quick run downloads nothing.
-    "random_vit8": ViTSpec("random", 192, 3, 8, 16, None, depth=1),
+    "random_vit8": ViTSpec("random", 128, 2, 8, 16, None, depth=1),
 }
 
 
@@ -309,6 +309,8 @@ def _draw_weights(vit: ViT) -> None:
             value.normal_(0, value[0].numel() ** -0.5, generator=generator)
         elif name in ("cls_token", "pos_embed"):
             value.normal_(0, 0.02, generator=generator)
+        elif name.endswith("bias"):
+            value.zero_()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ class RegionConfig(MatchConfig):
     """Settings of the region stage."""
 
     pairs: int = 16  # cell pairs of an image pair that supervise the pixel stage; paper: 16
-    nms_radius: float = 2.0  # cells; a pair closer than this to a better one, at either end, is dropped; not given
+    nms_radius: float = 1.0  # cells; a pair nearer than this to a better one, at either end, is dropped; not given
 
 
 class RegionStage(nn.Module):

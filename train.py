@@ -43,43 +43,42 @@ STAGES = ("image", "region", "pixel")
 
 @dataclass
 class Config(ImageConfig, RegionConfig, PixelConfig):
-    """A run: what the stages need, the data, and the optimisation. The defaults are the preset `quick`."""
+    """A run: what the stages need, the data, and the optimisation. These defaults are for photographs on a GPU."""
 
     dataset: str = "shapes"  # shapes, folder (ROOT/<class>/*.jpg), spair or pfpascal (weak pairs of the training split)
     root: str | None = None  # folder of the data set
-    saliency: str = (
-        "auto"  # folder of maps <class>/<image>_sal.png; attention; none; auto: shapes' silhouettes, else none
-    )
+    saliency: str = "auto"  # folder of <class>/<image>_sal.png; attention; none; auto: silhouettes of shapes, or none
     augment: bool = True  # random crops (35-100 % of the area) and mirroring, each image on its own
     val: str = "auto"  # PCK is measured on it: shapes, pfwillow, none; auto: shapes if trained on, else none
     val_root: str | None = None  # folder of the validation set
-    backbone: str = "random_vit8"  # paper: ibot_vitb16
+    backbone: str = "ibot_vitb16"  # see modules.py; paper: ibot_vitb16
     weights: str | None = None  # local checkpoint of the backbone; none: downloaded on first use
-    layer: int = -1  # block that is read
-    size: int = 128  # input side in pixels; paper: 512
+    layer: int = -1  # block that is read, from 0, negative from the end
+    size: int = 512  # input side in pixels; paper: 512
     stages: int = 3  # 2: without the pixel stage (Table 5, V); 1: without the region stage too (VI)
     shared_attention: bool = False  # gated blocks shared by all stages (Table 4, VII)
     only: str | None = None  # train this stage alone; the ones before it stay as they are
     checkpoint: str | None = None  # stages to start from
     lambda_image: float = 1.0  # Eq. (3); the paper gives no weights
-    lambda_region: float = 1.0
-    lambda_pixel: float = 1.0
-    steps: int = 400  # optimiser steps
-    batch: int = 8  # image pairs of a micro-batch; its negatives are rolled inside it; paper: 4 a GPU
+    lambda_region: float = 1.0  # Eq. (3)
+    lambda_pixel: float = 1.0  # Eq. (3)
+    steps: int = 2000  # optimiser steps
+    batch: int = 4  # image pairs of a micro-batch; its negatives are rolled inside it; paper: 4 a GPU
     accumulate: int = 1  # micro-batches a step and process; paper: 8 GPUs x 4 = 32 pairs a step
     optimizer: str = "adamw"  # or sgd; paper: sgd
-    lr: float = 1e-3  # paper: 3e-5
+    lr: float = 1e-4  # paper: 3e-5
+    mil_lr: float = 0.1  # learning rate of the image and region stages over that of the pixel stage; paper: 1
     momentum: float = 0.9  # of sgd; paper: 0.9
-    weight_decay: float = 0.01
-    schedule: str = "cosine"  # or constant
+    weight_decay: float = 0.01  # not given
+    schedule: str = "cosine"  # or constant; not given
     warmup: int = 20  # steps of linear warm-up
     clip: float = 1.0  # largest gradient norm; 0: no clipping
-    seed: int = 0
+    seed: int = 0  # of initial weights, pairing and crops
     workers: int = 0  # processes that load images
     cache_features: bool = False  # keep frozen features in memory; only without augmentation
     amp: bool = True  # bfloat16 around the network, on GPUs only
-    device: str = "auto"
-    out: str = "runs/quick"  # checkpoints, metrics.jsonl, pictures
+    device: str = "auto"  # auto: a GPU if there is one; cpu; cuda
+    out: str = "runs/train"  # folder for checkpoints, metrics.jsonl, pictures
     log_every: int = 20  # steps
     val_every: int = 200  # steps between measurements on --val; 0: only before and after training
     save_every: int = 200  # steps; 0: only at the end
@@ -89,23 +88,33 @@ class Config(ImageConfig, RegionConfig, PixelConfig):
         return STAGES[self.stages - 1]
 
 
+# `quick` is what a bare `python train.py` runs; with another --dataset the defaults above hold unless one is named.
 PRESETS = {
-    "quick": {},
+    "quick": dict(
+        augment=False,  # shapes vary by themselves
+        backbone="random_vit8",
+        size=128,
+        ffn_ratio=2.0,
+        volume_window=2,
+        candidates=16,
+        steps=200,
+        batch=6,
+        lr=2e-3,
+        out="runs/quick",
+        val_every=100,
+    ),
     "paper": dict(
         dataset="folder",
-        backbone="ibot_vitb16",
-        size=512,
-        batch=4,
         optimizer="sgd",
         lr=3e-5,
+        mil_lr=1.0,
+        weight_decay=0.0,
         schedule="constant",
         warmup=0,
         clip=0.0,
-        weight_decay=0.0,
         steps=20_000,
         workers=4,
         out="runs/paper",
-        val_every=0,
         save_every=1000,
     ),
 }
@@ -225,7 +234,8 @@ def read_checkpoint(path: str) -> dict:
     except FileNotFoundError:
         raise ValueError(f"no such checkpoint: {path}") from None
     except Exception as error:  # a damaged or foreign file fails in many ways
-        raise ValueError(f"cannot read checkpoint {path} ({str(error).splitlines()[0]})") from None
+        reason = "not a file of torch.save" if "weights_only" in str(error) else str(error).partition("\n")[0]
+        raise ValueError(f"cannot read checkpoint {path} ({reason or type(error).__name__})") from None
     if not isinstance(state, dict) or not {"model", "config", "backbone"} <= state.keys():
         raise ValueError(f"{path} is not a checkpoint written by train.py")
     return state
@@ -234,10 +244,9 @@ def read_checkpoint(path: str) -> dict:
 def load_stages(cascade: Cascade, state: dict, path: str, stages: tuple[str, ...]) -> None:
     """Load the named stages strictly; refuses weights that were trained on another backbone."""
     found = _fingerprint(cascade.backbone)
-    if not math.isclose(found, state["backbone"], rel_tol=1e-4):
-        raise ValueError(
-            f"{path} was trained on other backbone weights than {cascade.cfg.weights or cascade.cfg.backbone}"
-        )
+    if not math.isclose(found, state["backbone"], rel_tol=1e-7):
+        given = cascade.cfg.weights or cascade.cfg.backbone
+        raise ValueError(f"{path} was trained on other backbone weights than {given}")
     for stage in stages:
         part = {k.removeprefix(f"{stage}."): v for k, v in state["model"].items() if k.startswith(f"{stage}.")}
         try:
@@ -273,7 +282,7 @@ def parse_config(argv: list[str] | None, only: str | None) -> tuple[Config, str 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
     )
-    parser.add_argument("--preset", choices=PRESETS, help="quick (default): built-in shapes; paper: section 4.1")
+    parser.add_argument("--preset", choices=PRESETS, help="quick (on shapes the default): a CPU suffices; paper: section 4.1")
     parser.add_argument("--resume", help="checkpoint of this run to go on from")
     help_of = option_help(Config)
     for field in dataclasses.fields(Config):
@@ -285,7 +294,8 @@ def parse_config(argv: list[str] | None, only: str | None) -> tuple[Config, str 
             parser.add_argument(flag, type=kind, help=f"{text} (default {field.default})")
     given = vars(parser.parse_args(argv))
     resume = given.pop("resume", None)
-    base = PRESETS[given.pop("preset", "quick")]
+    preset = given.pop("preset", "quick" if given.get("dataset", "shapes") == "shapes" else None)
+    base = PRESETS[preset] if preset else {}
     if resume:
         base = read_checkpoint(resume)["config"]
     elif only:
@@ -400,11 +410,17 @@ def train(cfg: Config, resume: str | None = None) -> Cascade:
     if cfg.checkpoint:
         state = read_checkpoint(cfg.checkpoint)
         load_stages(cascade, state, cfg.checkpoint, STAGES[: min(cfg.stages, state["config"]["stages"])])
-    params = [p for p in cascade.parameters() if p.requires_grad]
+    # AdamW's steps do not depend on the scale of a loss, so the weights of Eq. (3) cannot slow a stage; this can.
+    trained = [(name, p) for name, p in cascade.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in trained if name.startswith("pixel.") == pixel], "scale": scale}
+        for pixel, scale in ((False, cfg.mil_lr), (True, 1.0))
+    ]
+    params = [p for group in groups for p in group["params"]]
     if cfg.optimizer == "sgd":
-        optimizer = torch.optim.SGD(params, cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
+        optimizer = torch.optim.SGD(groups, cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
     else:
-        optimizer = torch.optim.AdamW(params, cfg.lr, weight_decay=cfg.weight_decay)
+        optimizer = torch.optim.AdamW(groups, cfg.lr, weight_decay=cfg.weight_decay)
     start = 0
     if resume:
         state = read_checkpoint(resume)
@@ -454,7 +470,7 @@ def train(cfg: Config, resume: str | None = None) -> Cascade:
     step = start
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, step)
+            group["lr"] = learning_rate(cfg, step) * group["scale"]
         logged: dict[str, float] = {}
         for _ in range(cfg.accumulate):
             batch = next(loader)
