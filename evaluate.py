@@ -187,7 +187,7 @@ DATASETS = {
 
 
 def main() -> None:
-    from train import BACKBONE_METHODS, STAGES, Cascade, Config, load_cascade
+    from train import BACKBONE_METHODS, PRESETS, STAGES, Cascade, Config, load_cascade
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", choices=DATASETS, required=True)
@@ -197,7 +197,7 @@ def main() -> None:
         "--stage", nargs="+", choices=("image", "region", "pixel"), help="default: the last one trained"
     )
     parser.add_argument("--baseline", nargs="*", choices=BACKBONE_METHODS, help="score the frozen backbone")
-    parser.add_argument("--backbone", help="without a checkpoint: which backbone (default random_vit8)")
+    parser.add_argument("--backbone", help="without a checkpoint (default ibot_vitb16, on shapes random_vit8)")
     parser.add_argument("--weights", help="backbone weights file instead of a download")
     parser.add_argument("--layer", type=int, help="backbone block that is read")
     parser.add_argument("--size", type=int, help="input side in pixels; default: the checkpoint's")
@@ -229,7 +229,8 @@ def main() -> None:
         cascade = load_cascade(args.checkpoint, weights=args.weights, device=args.device, **overrides)
         methods = (args.stage or [cascade.cfg.final_stage]) + (args.baseline or [])
     else:
-        cascade = Cascade(Config(weights=args.weights, **overrides)).to(args.device).eval()
+        preset = PRESETS["quick"] if args.dataset == "shapes" else {}
+        cascade = Cascade(Config(**preset | overrides | {"weights": args.weights})).to(args.device).eval()
         methods = args.baseline
     if missing := [m for m in methods if m in STAGES[cascade.cfg.stages :]]:
         raise ValueError(f"--stage {missing[0]}: {args.checkpoint} ends with the {cascade.cfg.final_stage} stage")

@@ -97,6 +97,7 @@ PRESETS = {
         ffn_ratio=2.0,
         volume_window=2,
         candidates=16,
+        temperature=0.1,
         steps=200,
         batch=6,
         lr=2e-3,
@@ -282,7 +283,7 @@ def parse_config(argv: list[str] | None, only: str | None) -> tuple[Config, str 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
     )
-    parser.add_argument("--preset", choices=PRESETS, help="quick (on shapes the default): a CPU suffices; paper: section 4.1")
+    parser.add_argument("--preset", choices=PRESETS, help="quick: on shapes the default; paper: section 4.1")
     parser.add_argument("--resume", help="checkpoint of this run to go on from")
     help_of = option_help(Config)
     for field in dataclasses.fields(Config):

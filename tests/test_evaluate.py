@@ -263,7 +263,7 @@ def test_predictions_do_not_depend_on_the_batch_size(numbered, batch):
 def test_a_real_backbone_predicts_alike_in_every_batch_size():
     from train import Cascade, Config
 
-    cascade = Cascade(Config(size=64)).eval()
+    cascade = Cascade(Config(backbone="random_vit8", size=64)).eval()
     images = [Image.effect_noise(size, 60).convert("RGB") for size in SIZES[:3]]
     points = [torch.rand(n, 2) * torch.tensor(SIZES[src]) for src, n in ((0, 2), (1, 6), (2, 3))]
     pairs = [KeypointPair(k, (k + 1) % 3, kps, kps, "noise", 20.0) for k, kps in enumerate(points)]
@@ -498,7 +498,7 @@ def test_a_device_that_is_not_there_is_named(run_main):
 def test_a_stage_the_checkpoint_does_not_have_is_named(run_main, tmp_path):
     from train import Cascade, Config, save_checkpoint
 
-    cascade = Cascade(Config(stages=1))
+    cascade = Cascade(Config(backbone="random_vit8", stages=1))
     save_checkpoint(tmp_path / "image.pt", cascade, torch.optim.AdamW(cascade.image.parameters()), 0)
     for stage in ("region", "pixel"):
         with pytest.raises(ValueError, match=f"--stage {stage}"):
@@ -508,7 +508,7 @@ def test_a_stage_the_checkpoint_does_not_have_is_named(run_main, tmp_path):
 def test_a_checkpoint_is_scored_by_its_last_stage_beside_the_baselines(run_main, capsys, tmp_path):
     from train import Cascade, Config, save_checkpoint
 
-    cascade = Cascade(Config(stages=2, size=64))
+    cascade = Cascade(Config(backbone="random_vit8", stages=2, size=64))
     save_checkpoint(tmp_path / "two.pt", cascade, torch.optim.AdamW(cascade.image.parameters()), 0)
     place = tmp_path / "out.json"
     run_main("--checkpoint", tmp_path / "two.pt", "--baseline", "nn", "--json", place)

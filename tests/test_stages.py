@@ -21,7 +21,8 @@ def seed():
 
 
 def config(**changes) -> Config:
-    return Config(**{"heads": 2, "layers": 1, "volume_window": 2, "candidates": 12, "pairs": 5} | changes)
+    small = {"backbone": "random_vit8", "heads": 2, "layers": 1, "volume_window": 2, "candidates": 12, "pairs": 5}
+    return Config(**small | changes)
 
 
 def features(batch: int, grid: tuple[int, int], dim: int = DIM) -> Features:
@@ -57,8 +58,8 @@ def test_image_loss_is_eq2_over_rolled_pairs():
                 continue
             s, t = src.map(lambda x, o=other: x[o % 3][None]), trg.map(lambda x, k=k: x[k][None])
             ap = adaptive_pooling(stage(s, t), s.saliency >= 0.5, t.saliency >= 0.5, cfg.ap, cfg.ap_temperature)
-            total += sign * float(ap) / count
-    assert float(stage.loss(stage(src, trg), src, trg, labels)) == pytest.approx(total, abs=1e-5)
+            total += sign * ap.item() / count
+    assert stage.loss(stage(src, trg), src, trg, labels).item() == pytest.approx(total, abs=1e-5)
 
 
 def test_suspected_pairs_are_hough_then_algorithm1_inside_the_foreground():
@@ -119,7 +120,7 @@ def test_region_loss_is_eq2_over_windows_of_rolled_images():
                     continue
                 s = regions.src.map(lambda x, i=other * count + k: x[i][None])
                 ap = adaptive_pooling(region(s, t), s.saliency >= 0.5, t.saliency >= 0.5, cfg.ap, cfg.ap_temperature)
-                scores.append(float(ap))
+                scores.append(ap.item())
     assert len(neg) < len(pos)
     assert float(got) == pytest.approx(-sum(pos) / len(pos) + sum(neg) / len(neg), abs=1e-5)
 
