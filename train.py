@@ -239,6 +239,8 @@ def read_checkpoint(path: str) -> dict:
         raise ValueError(f"cannot read checkpoint {path} ({reason or type(error).__name__})") from None
     if not isinstance(state, dict) or not {"model", "config", "backbone"} <= state.keys():
         raise ValueError(f"{path} is not a checkpoint written by train.py")
+    if unknown := state["config"].keys() - {field.name for field in dataclasses.fields(Config)}:
+        raise ValueError(f"{path} was written by another version of train.py: it has an option {min(unknown)}")
     return state
 
 
@@ -306,6 +308,8 @@ def parse_config(argv: list[str] | None, only: str | None) -> tuple[Config, str 
         raise ValueError(f"--only {cfg.only}: image, region or pixel")
     if cfg.only:
         cfg.stages = max(cfg.stages, 1 + STAGES.index(cfg.only)) if "stages" in given else 1 + STAGES.index(cfg.only)
+    if cfg.batch < 2 and cfg.only != "pixel":
+        raise ValueError(f"--batch {cfg.batch}: Eq. (2) rolls the batch for its negatives and needs at least 2 pairs")
     if cfg.cache_features and cfg.augment:
         raise ValueError("--cache-features needs --no-augment: cropped views change every epoch")
     for name, known in (("optimizer", ("adamw", "sgd")), ("schedule", ("cosine", "constant"))):
@@ -394,81 +398,101 @@ def commit_of_source() -> str:
         return "unknown"
 
 
-def train(cfg: Config, resume: str | None = None) -> Cascade:
-    """Train as configured; writes metrics.jsonl, last.pt and matches.png under cfg.out and returns the cascade."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = cfg.device.startswith("cuda") or (cfg.device == "auto" and torch.cuda.is_available())
-    device = torch.device(
-        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda and world > 1 else "cuda" if cuda else "cpu"
-    )
-    if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    chief = rank == 0
-    torch.manual_seed(cfg.seed)  # the same initial weights in every process
-    cascade = Cascade(cfg).to(device)
-    for stage in STAGES[: cfg.stages]:
-        getattr(cascade, stage).requires_grad_(cfg.only in (None, stage))
-    if cfg.checkpoint:
-        state = read_checkpoint(cfg.checkpoint)
-        load_stages(cascade, state, cfg.checkpoint, STAGES[: min(cfg.stages, state["config"]["stages"])])
-    # AdamW's steps do not depend on the scale of a loss, so the weights of Eq. (3) cannot slow a stage; this can.
+def build_optimizer(cascade: Cascade) -> torch.optim.Optimizer:
+    """AdamW or SGD over two groups: the image and region stage at `mil_lr` times the rate of the pixel stage.
+
+    AdamW's steps do not depend on the scale of a loss, so the weights of Eq. (3) cannot slow a stage down; this can.
+    """
+    cfg = cascade.cfg
     trained = [(name, p) for name, p in cascade.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for name, p in trained if name.startswith("pixel.") == pixel], "scale": scale}
         for pixel, scale in ((False, cfg.mil_lr), (True, 1.0))
     ]
-    params = [p for group in groups for p in group["params"]]
     if cfg.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
-    else:
-        optimizer = torch.optim.AdamW(groups, cfg.lr, weight_decay=cfg.weight_decay)
-    start = 0
-    if resume:
-        state = read_checkpoint(resume)
-        load_stages(cascade, state, resume, STAGES[: cfg.stages])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+        return torch.optim.SGD(groups, cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
+    return torch.optim.AdamW(groups, cfg.lr, weight_decay=cfg.weight_decay)
 
-    images = training_set(cfg)
-    val, test = (keypoint_set(cfg, split) if chief else None for split in ("val", "test"))
-    stream = data.PairStream(images, cfg.batch, cfg.seed, start * cfg.accumulate * world, rank, world)
-    pairs = data.TrainPairs(images, cfg.size, cascade.backbone.patch, cfg.augment, cfg.seed)
-    loader = iter(DataLoader(pairs, batch_sampler=stream, num_workers=cfg.workers, pin_memory=cuda))
-    cache = {} if cfg.cache_features else None
 
-    out = Path(cfg.out)
-    if chief:
+def average_over_processes(params: list[nn.Parameter], logged: dict[str, float]) -> dict[str, float]:
+    """Replace gradients by their mean over all processes, in one message; returns the mean of what is logged."""
+    values = torch.tensor(list(logged.values()), device=params[0].device)
+    flat = torch.cat([p.grad.flatten() for p in params] + [values])
+    dist.all_reduce(flat)
+    *grads, values = (flat / dist.get_world_size()).split([p.numel() for p in params] + [len(values)])
+    for p, grad in zip(params, grads):
+        p.grad.copy_(grad.view_as(p))
+    return dict(zip(logged, values.tolist()))
+
+
+class Journal:
+    """metrics.jsonl and the lines on the terminal, of one process. A resumed run's file is cut back to its start."""
+
+    def __init__(self, out: Path, start: int) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        log = out / "metrics.jsonl"
-        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= start] if resume else []
-        log.write_text("".join(line + "\n" for line in kept))
-        count = sum(p.numel() for p in params)
-        print(f"torch {torch.__version__}, {device}, {world} process(es), commit {commit_of_source()}")
-        print(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
-        print(f"{len(images)} images of {len(images.classes)} classes, {count / 1e6:.2f} M trainable parameters")
+        self.path = out / "metrics.jsonl"
+        lines = self.path.read_text().splitlines() if start and self.path.exists() else []
+        self.path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
 
-    def record(step: int, values: dict) -> None:
-        with open(log, "a") as file:
+    def record(self, step: int, values: dict) -> None:
+        with open(self.path, "a") as file:
             file.write(json.dumps({"step": step} | values) + "\n")
 
-    def measure(step: int, keypoints: data.KeypointSet, methods: tuple[str, ...]) -> dict:
+    def measure(self, step: int, cascade: Cascade, keypoints: data.KeypointSet, methods: tuple[str, ...]) -> dict:
+        """PCK of the given methods, printed and recorded; returns their predictions."""
         predictions = predict(cascade, keypoints, methods, quiet=True)
         found = {m: score(p, keypoints)["bbox"]["per_image"] for m, p in predictions.items()}
-        record(step, {"pck": found, "alphas": ALPHAS, "on": keypoints.name})
+        self.record(step, {"pck": found, "alphas": ALPHAS, "on": keypoints.name})
         protocol = f"{keypoints.name}, {len(keypoints)} pairs, bbox, per image"
         tqdm.write(f"step {step}: PCK@{'/'.join(map(str, ALPHAS))} on {protocol}")
         for method, values in found.items():
             tqdm.write(f"    {method:7s}" + "".join(f"{v:7.1f}" for v in values))
         return predictions
 
-    stop = []
-    for name in (signal.SIGINT, signal.SIGTERM):
+
+def train(cfg: Config, resume: str | None = None) -> Cascade:
+    """Train as configured; writes metrics.jsonl, last.pt and matches.png under cfg.out and returns the cascade."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    cuda = name.startswith("cuda")
+    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda and world > 1 else name)
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    chief, stages, out = rank == 0, STAGES[: cfg.stages], Path(cfg.out)
+    torch.manual_seed(cfg.seed)  # the same initial weights in every process
+    cascade = Cascade(cfg).to(device)
+    for stage in stages:
+        getattr(cascade, stage).requires_grad_(cfg.only in (None, stage))
+    if cfg.checkpoint and not resume:
+        state = read_checkpoint(cfg.checkpoint)
+        load_stages(cascade, state, cfg.checkpoint, stages[: state["config"]["stages"]])
+    optimizer, start = build_optimizer(cascade), 0
+    if resume:
+        state = read_checkpoint(resume)
+        load_stages(cascade, state, resume, stages)
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+
+    images = training_set(cfg)
+    val, test = (keypoint_set(cfg, split) if chief else None for split in ("val", "test"))
+    stream = data.PairStream(images, cfg.batch, cfg.seed, start * cfg.accumulate * world, rank, world)
+    pairs = data.TrainPairs(images, cfg.size, cascade.backbone.patch, cfg.augment, cfg.seed)
+    loader = iter(DataLoader(pairs, batch_sampler=stream, num_workers=cfg.workers, pin_memory=cuda))
+    cache, before, skipped, stop = {} if cfg.cache_features else None, {}, set(), []
+    if chief:
+        print(f"torch {torch.__version__}, {device}, {world} process(es), commit {commit_of_source()}")
+        print(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
+        millions = sum(p.numel() for p in params) / 1e6
+        print(f"{len(images)} images of {len(images.classes)} classes, {millions:.2f} M trainable parameters")
+        journal = Journal(out, start)
+        if test:
+            before = journal.measure(start, cascade, test, BACKBONE_METHODS)
+    for name in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, leave
         signal.signal(name, lambda number, frame: stop.append(number))
-    stages = STAGES[: cfg.stages]
-    before = measure(start, test, BACKBONE_METHODS) if test else {}
-    skipped, clock = set(), time.perf_counter()
+
+    clock, done = time.perf_counter(), start
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=not (chief and sys.stderr.isatty()))
-    step = start
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step) * group["scale"]
@@ -484,17 +508,12 @@ def train(cfg: Config, resume: str | None = None) -> Cascade:
             (total / cfg.accumulate).backward()
             for key, value in {**losses, **counts, "loss": total}.items():
                 logged[key] = logged.get(key, 0.0) + value.item() / cfg.accumulate
-        if world > 1:  # mean over processes of gradients and of what is logged
-            flat = torch.cat([p.grad.flatten() for p in params] + [torch.tensor(list(logged.values()), device=device)])
-            dist.all_reduce(flat)
-            *grads, values = (flat / world).split([p.numel() for p in params] + [len(logged)])
-            for p, grad in zip(params, grads):
-                p.grad.copy_(grad.view_as(p))
-            logged = dict(zip(logged, values.tolist()))
-        norm = torch.nn.utils.clip_grad_norm_(params, cfg.clip or math.inf)
-        if not math.isfinite(float(norm) + logged["loss"]):
+        if world > 1:
+            logged = average_over_processes(params, logged)
+        norm = float(torch.nn.utils.clip_grad_norm_(params, cfg.clip or math.inf))
+        if not math.isfinite(norm + logged["loss"]):
             raise ValueError(
-                f"step {step}: loss {logged} with gradient norm {float(norm)} is not finite;"
+                f"step {step}: loss {logged} with gradient norm {norm} is not finite;"
                 " the last checkpoint stands. Lower --lr, or set --clip"
             )
         optimizer.step()
@@ -502,32 +521,33 @@ def train(cfg: Config, resume: str | None = None) -> Cascade:
         done = step + 1
         if chief and (done % cfg.log_every == 0 or done == cfg.steps):
             rate = (done - start) / (time.perf_counter() - clock)
-            record(done, logged | {"lr": learning_rate(cfg, step), "grad_norm": float(norm), "steps_per_s": rate})
+            journal.record(done, logged | {"lr": learning_rate(cfg, step), "grad_norm": norm, "steps_per_s": rate})
             text = " ".join(f"{k} {v:.4f}" for k, v in logged.items())
             tqdm.write(f"step {done}/{cfg.steps} {text} lr {learning_rate(cfg, step):.2e} {rate:.2f} steps/s")
+            if logged.get("pairs") == 0:
+                tqdm.write("no pairs were found: is the foreground of --saliency empty?", file=sys.stderr)
         if chief and cfg.save_every and done % cfg.save_every == 0 and done < cfg.steps:
             save_checkpoint(out / "last.pt", cascade, optimizer, done)
         if val and cfg.val_every and done % cfg.val_every == 0 and done < cfg.steps:
-            measure(done, val, stages)
+            journal.measure(done, cascade, val, stages)
         halt = torch.tensor(len(stop), device=device)
         if world > 1:
             dist.all_reduce(halt)
         if halt:
             break
-    finished = step + 1 if cfg.steps > start else start
     if chief:
+        seconds = time.perf_counter() - clock
         if skipped:
             print(f"{len(skipped)} unreadable files passed over: {'; '.join(sorted(skipped)[:5])}", file=sys.stderr)
-        save_checkpoint(out / "last.pt", cascade, optimizer, finished)
-        if finished < cfg.steps:
-            print(f"stopped after step {finished}; go on with --resume {out / 'last.pt'}")
-        else:
-            if test:
-                after = measure(finished, test, stages)
-                shown = {"frozen backbone": before["nn"], f"{stages[-1]} stage": after[stages[-1]]}
-                match_sheet(shown, test).save(out / "matches.png")
-                print(f"matches drawn in {out / 'matches.png'}")
-            print(f"checkpoint {out / 'last.pt'}, {time.perf_counter() - clock:.0f} s")
+        save_checkpoint(out / "last.pt", cascade, optimizer, done)
+        if done < cfg.steps:
+            print(f"stopped after step {done}; go on with --resume {out / 'last.pt'}")
+        elif test:
+            after = journal.measure(done, cascade, test, stages)
+            shown = {"frozen backbone": before["nn"], f"{stages[-1]} stage": after[stages[-1]]}
+            match_sheet(shown, test).save(out / "matches.png")
+            print(f"matches drawn in {out / 'matches.png'}")
+        print(f"checkpoint {out / 'last.pt'}, {seconds:.0f} s of training")
     if world > 1:
         dist.destroy_process_group()
     return cascade
@@ -537,7 +557,7 @@ def main(argv: list[str] | None = None, only: str | None = None) -> None:
     """Command line of train.py and, with `only`, of a stage's file."""
     try:
         train(*parse_config(argv, only))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
