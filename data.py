@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -59,11 +59,14 @@ def parse_points(texts: list[str], size: tuple[int, int]) -> Tensor:
 # Images and views
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Read an RGB image; ValueError, naming the file, if it is missing or corrupt."""
+def open_image(path: str | Path, upright: bool = False) -> Image.Image:
+    """Read an RGB image; ValueError, naming the file, if it is missing or corrupt.
+
+    upright: turn it as its camera's orientation tag says (photographs of one's own; no benchmark's points do).
+    """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"no such image: {path}") from None
     except Exception as error:  # Pillow's decoders raise many kinds for a damaged file

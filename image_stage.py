@@ -9,7 +9,6 @@ pair a 5x5 window of features in either image, which is what the region stage se
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from modules import (
     Features,
     MatchConfig,
     Pairs,
+    Regions,
     adaptive_pooling,
     foreground,
     greedy_selection,
@@ -35,16 +35,6 @@ class ImageConfig(MatchConfig):
     ap_temperature: float = 0.05  # of AP's softmax; not given
     candidates: int = 32  # suspected pairs an image pair whose windows go on to the region stage; not given
     region_size: int = 5  # cells a side of a window; paper: 5
-
-
-class Regions(NamedTuple):
-    """The windows around K suspected pairs of each of B image pairs, (B * K) windows a side."""
-
-    src: Features  # feat (B*K, r*r, C), token (B*K, C), saliency (B*K, r, r)
-    trg: Features
-    origin_s: Tensor  # (B, K, 2): (x, y) of a window's first cell in the source image's grid
-    origin_t: Tensor
-    valid: Tensor  # (B, K) bool
 
 
 def negatives(src: Features, labels: Tensor) -> tuple[Features, Tensor]:

@@ -597,6 +597,16 @@ class Pairs(NamedTuple):
     valid: Tensor
 
 
+class Regions(NamedTuple):
+    """The windows of r x r cells around K suspected pairs of each of B image pairs."""
+
+    src: Features  # (B * K) windows: feat (B*K, r*r, C), token (B*K, C), saliency (B*K, r, r)
+    trg: Features
+    origin_s: Tensor  # (B, K, 2): (x, y) of a window's first cell in the source image's grid
+    origin_t: Tensor
+    valid: Tensor  # (B, K) bool: False for windows that only fill up the batch
+
+
 def foreground(saliency: Tensor, threshold: float) -> Tensor:
     """Algorithm 1, lines 4 and 5: a cell stays where S >= T. Saliency (..., H, W) in [0, 1] to bool."""
     return saliency >= threshold
@@ -640,8 +650,9 @@ def hough_matching(
     offset = torch.arange(side, device=a.device, dtype=a.dtype) - side // 2
     gauss = torch.exp(-0.5 * (offset / (side / 4.708)) ** 2)
     gauss = gauss / gauss.sum()
-    votes = F.conv2d(votes[:, None], gauss.view(1, 1, -1, 1), padding=(side // 2, 0))
-    votes = F.conv2d(votes, gauss.view(1, 1, 1, -1), padding=(0, side // 2))[:, 0]
+    with torch.autocast(corr.device.type, enabled=False):
+        votes = F.conv2d(votes[:, None], gauss.view(1, 1, -1, 1), padding=(side // 2, 0))
+        votes = F.conv2d(votes, gauss.view(1, 1, 1, -1), padding=(0, side // 2))[:, 0]
     # Row i of the unfolded view starts at displacement -i: (B, Hs, Ws, Ht, Wt) without a table of bins.
     return a * votes.unfold(1, ht, 1).unfold(2, wt, 1).flip(1, 2)
 

@@ -52,7 +52,8 @@ def soft_target(points: Tensor, height: int, width: int) -> Tensor:
     offset = torch.arange(-1.0, 2.0, device=points.device)
     gauss = torch.exp(-0.5 * (offset / (3 / 4.708)) ** 2)
     kernel = gauss[:, None] * gauss / gauss.sum() ** 2
-    return F.conv2d(weight.view(-1, 1, height, width), kernel[None, None], padding=1).view(weight.shape)
+    with torch.autocast(points.device.type, enabled=False):
+        return F.conv2d(weight.view(-1, 1, height, width), kernel[None, None], padding=1).view(weight.shape)
 
 
 class PixelStage(nn.Module):
@@ -121,7 +122,7 @@ def match_files(argv: list[str]) -> None:
     cascade = load_cascade(args.checkpoint, weights=args.weights, device=args.device)
     if cascade.pixel is None:
         raise ValueError(f"{args.checkpoint} was trained without a pixel stage (--stages {cascade.cfg.stages})")
-    images = [data.open_image(path) for path in (args.source, args.target)]
+    images = [data.open_image(path, upright=True) for path in (args.source, args.target)]
     points = data.parse_points(args.points, images[0].size) if args.points else None
     maps = args.saliency or (None, None)
     sides = []
@@ -132,7 +133,7 @@ def match_files(argv: list[str]) -> None:
     corr = cascade.pixel(*sides)
     grids = [side.grid for side in sides]
     if points is None:
-        pairs = cascade.pixel.select(corr, *sides, args.count, cascade.cfg.nms_radius)
+        pairs = cascade.pixel.select(corr, *sides, args.count, radius=2.0)
         source_cells = cells_to_xy(pairs.src, grids[0][1])[pairs.valid][None]
         if not source_cells.shape[1]:
             sys.exit("no pairs: one of the pictures has no foreground; give --saliency maps or --points")

@@ -18,6 +18,7 @@ from modules import (
     Features,
     MatchConfig,
     Pairs,
+    Regions,
     adaptive_pooling,
     foreground,
     matching_scores,
@@ -51,12 +52,13 @@ class RegionStage(nn.Module):
         """Volumes of (B*K) window pairs, (B*K, r, r, r, r)."""
         return self.mvam(src, trg)
 
-    def loss(self, corr: Tensor, src: Features, trg: Features, valid: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, corr: Tensor, regions: Regions, labels: Tensor) -> Tensor:
         """Eq. (2) at window level: window k of a source with window k of its target, against window k of the source
         that batch shifting puts in its place.
 
-        corr (B*K, r, r, r, r): volumes of the positives; valid (B, K): real windows; labels (B,): classes.
+        corr (B*K, r, r, r, r): volumes of the positives; labels (B,): classes.
         """
+        src, trg, valid = regions.src, regions.trg, regions.valid
         cfg, count = self.cfg, valid.shape[1]
         rolled = src.map(lambda x: x.roll(count, 0))  # windows of image b - 1 beside those of image b
         negative = (labels.roll(1, 0) != labels)[:, None] & valid & valid.roll(1, 0)
@@ -66,44 +68,34 @@ class RegionStage(nn.Module):
         return mil_loss(ap_pos, ap_neg, valid.flatten(), negative.flatten())
 
     @torch.no_grad()
-    def select(
-        self,
-        corr: Tensor,
-        src: Features,
-        trg: Features,
-        origin_s: Tensor,
-        origin_t: Tensor,
-        valid: Tensor,
-        grid_s: tuple[int, int],
-        grid_t: tuple[int, int],
-    ) -> Pairs:
+    def select(self, corr: Tensor, regions: Regions, grid_s: tuple[int, int], grid_t: tuple[int, int]) -> Pairs:
         """The best cell pair of every window pair, in cells of the whole images, after NMS: (B, `pairs`).
 
-        corr (B*K, r, r, r, r); origin (B, K, 2) as (x, y); grid: (H, W) of the whole images.
+        corr (B*K, r, r, r, r); grid: (H, W) of the whole images.
         """
         cfg, r = self.cfg, self.cfg.region_size
-        keep_s, keep_t = (foreground(x.saliency, cfg.saliency_threshold) for x in (src, trg))
+        keep_s, keep_t = (foreground(x.saliency, cfg.saliency_threshold) for x in regions[:2])
         score = matching_scores(corr, keep_s, keep_t, cfg)
         inside = keep_s[:, :, :, None, None] & keep_t[:, None, None]
         score = score.masked_fill(~inside, float("-inf")).flatten(1)  # (B*K, r^4)
         best, index = score.max(1)
-        best, index = best.view_as(valid), index.view_as(valid)
+        best, index = best.view_as(regions.valid), index.view_as(regions.valid)
         cell_s, cell_t = index // (r * r), index % (r * r)
-        flat_s = (origin_s[..., 1] + cell_s // r) * grid_s[1] + origin_s[..., 0] + cell_s % r
-        flat_t = (origin_t[..., 1] + cell_t // r) * grid_t[1] + origin_t[..., 0] + cell_t % r
-        valid = valid & (best > float("-inf"))
+        flat_s = (regions.origin_s[..., 1] + cell_s // r) * grid_s[1] + regions.origin_s[..., 0] + cell_s % r
+        flat_t = (regions.origin_t[..., 1] + cell_t // r) * grid_t[1] + regions.origin_t[..., 0] + cell_t % r
+        valid = regions.valid & (best > float("-inf"))
         best = best.masked_fill(~valid, float("-inf"))
         order = best.argsort(descending=True, stable=True)
         pairs = Pairs(*(x.gather(1, order) for x in (flat_s, flat_t, best.masked_fill(~valid, 0), valid)))
         return pair_nms(pairs, grid_s[1], grid_t[1], cfg.nms_radius, cfg.pairs)
 
     @torch.no_grad()
-    def refine(self, corr: Tensor, points: Tensor, origin_s: Tensor, origin_t: Tensor) -> Tensor:
+    def refine(self, corr: Tensor, points: Tensor, regions: Regions) -> Tensor:
         """Source to target without a pixel stage (Table 5, V): points (B, K, 2) as (x, y) in cells of the whole source,
         one in each window pair, to the whole target's cells, read from the window volumes corr (B*K, r, r, r, r).
         """
-        moved = transfer_keypoints(corr, (points - origin_s).flatten(0, 1)[:, None])  # (B*K, 1, 2)
-        return moved.view_as(points) + origin_t
+        moved = transfer_keypoints(corr, (points - regions.origin_s).flatten(0, 1)[:, None])  # (B*K, 1, 2)
+        return moved.view_as(points) + regions.origin_t
 
 
 if __name__ == "__main__":

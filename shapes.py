@@ -4,8 +4,8 @@ Every category is one short function that draws an object facing right, in a fra
 from polygons, ellipses, limbs and arcs. Points are complex numbers x + iy, so that a rotation is a product: with y
 down, angle 0 points right (front), 90 down, 180 left (back) and -90 up.
 
-Hue and texture of a part vary about those of its role, pose and proportions vary widely, a quarter of the objects look the
-other way, and clutter of the same kinds of pieces lies behind them. What an object shares with its class is the
+Hue and texture of a part vary about those of its role, pose and proportions vary widely, a quarter of the objects look
+the other way, and clutter of the same kinds of pieces lies behind them. What an object shares with its class is the
 arrangement of its parts and their local shape (a white eye with a dark pupil, a dark tyre with a light hub).
 """
 

@@ -170,18 +170,9 @@ class Cascade(nn.Module):
             with torch.set_grad_enabled(train["region"]):
                 region_corr = self.region(regions.src, regions.trg)
                 if train["region"]:
-                    losses["region"] = self.region.loss(region_corr, regions.src, regions.trg, regions.valid, labels)
+                    losses["region"] = self.region.loss(region_corr, regions, labels)
         if cfg.stages >= 3 and train["pixel"]:
-            chosen = self.region.select(
-                region_corr,
-                regions.src,
-                regions.trg,
-                regions.origin_s,
-                regions.origin_t,
-                regions.valid,
-                src.grid,
-                trg.grid,
-            )
+            chosen = self.region.select(region_corr, regions, src.grid, trg.grid)
             losses["pixel"] = self.pixel.loss(self.pixel(src, trg), chosen)
             counts["pairs"] = chosen.valid.float().sum(1).mean()
         return losses, counts
@@ -191,11 +182,9 @@ class Cascade(nn.Module):
         method = method or self.cfg.final_stage
         if method in BACKBONE_METHODS:
             corr = cosine_volume(src.feat, trg.feat, src.grid, trg.grid)
-            return (
-                corr
-                if method == "nn"
-                else hough_matching(corr, None, None, self.cfg.hough_side, self.cfg.hough_exponent)
-            )
+            if method == "hough":
+                corr = hough_matching(corr, side=self.cfg.hough_side, exponent=self.cfg.hough_exponent)
+            return corr
         if method == "region":
             raise ValueError("the region stage has no volume of whole images")
         return getattr(self, method)(src, trg)
@@ -216,7 +205,7 @@ class Cascade(nn.Module):
             ends.append(y * w + x)
         valid = torch.ones_like(ends[0], dtype=torch.bool)
         regions = self.image.regions(Pairs(*ends, coarse[..., 0], valid), src, trg)
-        return self.region.refine(self.region(regions.src, regions.trg), points, regions.origin_s, regions.origin_t)
+        return self.region.refine(self.region(regions.src, regions.trg), points, regions)
 
     def trained_state(self) -> dict[str, Tensor]:
         """State of everything but the frozen backbone."""

@@ -108,6 +108,14 @@ def test_open_image_turns_gray_and_palette_files_into_rgb(tmp_path):
         assert image.mode == "RGB" and image.size == (5, 3) and image.getpixel((4, 2)) == colour
 
 
+def test_a_photograph_is_turned_upright_only_on_request(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held a quarter turn to the side
+    Image.new("RGB", (30, 20)).save(tmp_path / "photo.jpg", exif=exif)
+    assert data.open_image(tmp_path / "photo.jpg").size == (30, 20)
+    assert data.open_image(tmp_path / "photo.jpg", upright=True).size == (20, 30)
+
+
 def test_open_saliency_rescales_to_its_own_minimum_and_maximum(tmp_path):
     gray = np.array([[50, 80, 110], [140, 170, 200]], np.uint8)
     Image.fromarray(gray).save(tmp_path / "map.png")
