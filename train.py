@@ -448,6 +448,8 @@ def train(cfg: Config, resume: str | None = None) -> Cascade:
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     chief, stages, out = rank == 0, STAGES[: cfg.stages], Path(cfg.out)
+    images = training_set(cfg)
+    val, test = (keypoint_set(cfg, split) if chief else None for split in ("val", "test"))
     torch.manual_seed(cfg.seed)  # the same initial weights in every process
     cascade = Cascade(cfg).to(device)
     for stage in stages:
@@ -463,8 +465,6 @@ def train(cfg: Config, resume: str | None = None) -> Cascade:
         start = state["step"]
     params = [p for group in optimizer.param_groups for p in group["params"]]
 
-    images = training_set(cfg)
-    val, test = (keypoint_set(cfg, split) if chief else None for split in ("val", "test"))
     stream = data.PairStream(images, cfg.batch, cfg.seed, start * cfg.accumulate * world, rank, world)
     pairs = data.TrainPairs(images, cfg.size, cascade.backbone.patch, cfg.augment, cfg.seed)
     loader = iter(DataLoader(pairs, batch_sampler=stream, num_workers=cfg.workers, pin_memory=cuda))

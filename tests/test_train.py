@@ -29,7 +29,7 @@ from train import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--size", "64", "--batch", "3", "--candidates", "6", "--volume-width", "4", "--volume-heads", "1",
+SMALL = ["--backbone", "random_vit8", "--size", "64", "--batch", "3", "--candidates", "6", "--volume-width", "4", "--volume-heads", "1",
          "--ffn-ratio", "0.25", "--val", "none", "--log-every", "1", "--device", "cpu", "--warmup", "2"]  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def test_cached_features_change_nothing(tmp_path):
         train(*configured(tmp_path / name, "--steps", "4", "--no-augment", *flags))
     assert_same_weights(tmp_path / "plain", tmp_path / "cached", rtol=1e-3, atol=1e-5)
     with pytest.raises(ValueError, match="--cache-features needs --no-augment"):
-        configured(tmp_path, "--cache-features")
+        configured(tmp_path, "--augment", "--cache-features")
 
 
 def test_backbone_runs_once_per_image_and_step(tmp_path, monkeypatch):
