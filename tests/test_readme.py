@@ -30,7 +30,7 @@ def test_every_option_of_its_commands_is_known():
     options |= {"--preset", "--resume", "--help"}
     options |= {f"--no-{name[2:]}" for name in options}
     for path in ("evaluate.py", "pixel_stage.py"):
-        options |= set(re.findall(r'add_argument\("(--[\w-]+)"', (ROOT / path).read_text()))
+        options |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', (ROOT / path).read_text()))
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - {"--nproc_per_node"}
     assert named <= options, named - options
 

@@ -29,8 +29,10 @@ from train import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--backbone", "random_vit8", "--size", "64", "--batch", "3", "--candidates", "6", "--volume-width", "4", "--volume-heads", "1",
-         "--ffn-ratio", "0.25", "--val", "none", "--log-every", "1", "--device", "cpu", "--warmup", "2"]  # fmt: skip
+SMALL = (
+    "--backbone random_vit8 --size 64 --batch 3 --candidates 6 --volume-width 4 --volume-heads 1 --ffn-ratio 0.25 "
+    "--val none --log-every 1 --device cpu --warmup 2"
+).split()
 
 
 def run(*arguments: str, launcher: tuple[str, ...] = (), **options) -> subprocess.CompletedProcess:
