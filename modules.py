@@ -452,9 +452,8 @@ class WindowAttention4D(nn.Module):
             index = index * side + (axis[:, None] - axis[None, :] + self.window - 1)
         return self.bias[index].permute(2, 0, 1)
 
-    @staticmethod
     def allowed(
-        sides: tuple[int, ...], padded: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...]
+        self, sides: tuple[int, ...], padded: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...]
     ) -> Tensor | None:
         """Which token pairs of each window are neighbours in the volume: (windows, N, N) bool, or None if all are.
 
@@ -463,14 +462,13 @@ class WindowAttention4D(nn.Module):
         """
         if sides == padded and not any(shift):
             return None
-        region, real = 0, torch.ones((), dtype=torch.bool)
-        for dim in range(4):
-            n, step = padded[dim], shift[dim]
+        device = self.bias.device
+        region, real = torch.zeros((), dtype=torch.long, device=device), torch.ones((), dtype=torch.bool, device=device)
+        for dim, (n, step) in enumerate(zip(padded, shift)):
             shape = [-1 if d == dim else 1 for d in range(4)]
-            position = torch.arange(n).roll(-step)
-            side = (torch.arange(n) >= n - step).long()  # behind the seam
-            region = region * 2 + side.view(shape)
-            real = real & (position < sides[dim]).view(shape)
+            index = torch.arange(n, device=device)
+            region = region * 2 + (index >= n - step).long().view(shape)  # behind the seam or not
+            real = real & (index.roll(-step) < sides[dim]).view(shape)
         label = region * 2 + real.long()  # (n1, n2, n3, n4)
         label = window_partition(label[None, ..., None], window)[0, :, :, 0]  # (windows, N)
         return label[:, :, None] == label[:, None, :]
@@ -487,7 +485,7 @@ class WindowAttention4D(nn.Module):
         bias = self.relative_bias(window)[None]  # (1, heads, N, N), broadcast over windows and batch
         mask = self.allowed(sides, padded, window, shift)
         if mask is not None:
-            bias = bias.masked_fill(~mask[:, None].to(x.device), float("-inf"))  # (windows, heads, N, N)
+            bias = bias.masked_fill(~mask[:, None], float("-inf"))  # (windows, heads, N, N)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].to(q.dtype))  # (B, windows, heads, N, D/heads)
         y = window_merge(self.proj(y.transpose(2, 3).flatten(3)), window, padded)
         y = y.roll(shift, (1, 2, 3, 4))[:, : sides[0], : sides[1], : sides[2], : sides[3]]
