@@ -274,7 +274,8 @@ def parse_config(argv: list[str] | None, only: str | None) -> tuple[Config, str 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
     )
-    parser.add_argument("--preset", choices=PRESETS, help="quick: on shapes the default; paper: section 4.1")
+    preset_help = "paper: section 4.1; quick: on shapes the default. Either replaces some of the defaults below"
+    parser.add_argument("--preset", choices=PRESETS, help=preset_help)
     parser.add_argument("--resume", help="checkpoint of this run to go on from")
     help_of = option_help(Config)
     for field in dataclasses.fields(Config):
