@@ -363,7 +363,7 @@ class KeypointSet:
         return self.images.load(index)
 
 
-def pfwillow(root: str | None, saliency: str | None = None) -> KeypointSet:
+def pfwillow(root: str | None) -> KeypointSet:
     """PF-WILLOW's 900 pairs from test_pairs.csv: paths in columns 0 and 1, then ten x and ten y of either image.
 
     The extent is the longer side of the box around the target's points (rule "bbox": no padding enters it).
@@ -371,7 +371,7 @@ def pfwillow(root: str | None, saliency: str | None = None) -> KeypointSet:
     found = [p for p in (Path(root or "", n) for n in ("test_pairs.csv", "test_pairs_pf.csv")) if p.is_file()]
     if not found:
         raise ValueError(
-            f"--datapath {root}: expected PF-WILLOW with test_pairs.csv and <folder>/<image>.png"
+            f"PF-WILLOW folder {root}: expected test_pairs.csv and <folder>/<image>.png"
             " (www.di.ens.fr/willow/research/proposalflow)"
         )
     with open(found[0], newline="") as file:
@@ -393,7 +393,7 @@ def pfwillow(root: str | None, saliency: str | None = None) -> KeypointSet:
         raise ValueError(f"{found[0]}: no pairs in it")
     classes = sorted({folder for folder, _ in ids})
     labels = [classes.index(folder) for folder, _ in ids]
-    return KeypointSet("PF-WILLOW", ImageSet([Path(root or "", *i) for i in ids], labels, classes, saliency), pairs)
+    return KeypointSet("PF-WILLOW", ImageSet([Path(root or "", *i) for i in ids], labels, classes), pairs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -59,10 +59,9 @@ def predict(cascade, keypoints: data.KeypointSet, methods: list[str], batch: int
     """
     features = {}
     for index in tqdm(sorted({i for p in keypoints.pairs for i in p[:2]}), "features", disable=quiet, leave=False):
-        image, saliency = keypoints.load(index)
-        tensor, cells = data.prepare(image, saliency, cascade.cfg.size, cascade.backbone.patch)
-        cells = None if cells is None else cells[None]
-        features[index], keypoints.sizes[index] = cascade.features(tensor[None], cells), image.size
+        image = keypoints.load(index)[0]
+        tensor, _ = data.prepare(image, None, cascade.cfg.size, cascade.backbone.patch)
+        features[index], keypoints.sizes[index] = cascade.features(tensor[None]), image.size
     predictions = {method: [] for method in methods}
     grid = next(iter(features.values())).grid
     for first in tqdm(range(0, len(keypoints), batch), "pairs", disable=quiet, leave=False):
@@ -187,7 +186,7 @@ DATASETS = {
 
 
 def main() -> None:
-    from train import BACKBONE_METHODS, PRESETS, STAGES, Cascade, Config, load_cascade
+    from train import BACKBONE_METHODS, PRESETS, STAGES, Cascade, Config, find_device, load_cascade
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", choices=DATASETS, required=True)
@@ -206,7 +205,7 @@ def main() -> None:
     parser.add_argument("--visualize", type=int, default=0, metavar="N", help="draw N pairs into --out")
     parser.add_argument("--out", default="matches.png", help="picture written by --visualize")
     parser.add_argument("--json", help="write all scores to this file")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     args = parser.parse_args()
     if args.baseline is not None and not args.baseline:
         args.baseline = list(BACKBONE_METHODS)
@@ -219,18 +218,15 @@ def main() -> None:
     for place in (args.json, args.out if args.visualize else None):
         if place and not Path(place).resolve().parent.is_dir():
             parser.error(f"cannot write {place}: no such folder")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    device = find_device(args.device)
     overrides = {k: v for k in ("backbone", "layer", "size") if (v := getattr(args, k)) is not None}
     keypoints = DATASETS[args.dataset](args.datapath)
     if args.checkpoint:
-        cascade = load_cascade(args.checkpoint, weights=args.weights, device=args.device, **overrides)
+        cascade = load_cascade(args.checkpoint, weights=args.weights, device=device, **overrides)
         methods = (args.stage or [cascade.cfg.final_stage]) + (args.baseline or [])
     else:
         preset = PRESETS["quick"] if args.dataset == "shapes" else {}
-        cascade = Cascade(Config(**preset | overrides | {"weights": args.weights})).to(args.device).eval()
+        cascade = Cascade(Config(**preset | overrides | {"weights": args.weights})).to(device).eval()
         methods = args.baseline
     if missing := [m for m in methods if m in STAGES[cascade.cfg.stages :]]:
         raise ValueError(f"--stage {missing[0]}: {args.checkpoint} ends with the {cascade.cfg.final_stage} stage")
@@ -241,7 +237,7 @@ def main() -> None:
     scores = {method: score(predictions[method], keypoints, tuple(args.alpha)) for method in methods}
     for method, table in scores.items():
         print_scores(table, method, keypoints, tuple(args.alpha), cascade.cfg.size)
-    print(f"\n{len(keypoints)} pairs by {len(methods)} methods in {seconds:.1f} s on {args.device}")
+    print(f"\n{len(keypoints)} pairs by {len(methods)} methods in {seconds:.1f} s on {device}")
     if args.visualize:
         match_sheet(predictions, keypoints, args.visualize).save(args.out)
         print(f"{min(args.visualize, len(keypoints))} pairs drawn in {args.out}")

@@ -618,6 +618,23 @@ def _sum_diagonals(a: Tensor) -> Tensor:
     return skewed.unflatten(-1, (n, n + m - 1)).sum(-2)
 
 
+def gaussian_smooth(x: Tensor, side: int) -> Tensor:
+    """Gaussian of an odd side, standard deviation side / 4.708 (so that the side is twice its half-width), sum 1, zeros
+    outside, over the last two axes of (..., H, W): HPF's for votes, MMNet's for heat maps.
+
+    Sums of shifted copies: exact in float32 on every device, where a convolution may round to TF32 or bfloat16.
+    """
+    if side < 1 or side % 2 == 0:
+        raise ValueError(f"--hough-side {side}: the Gaussian's side must be odd and positive")
+    h, w = x.shape[-2:]
+    offset = torch.arange(side, device=x.device, dtype=x.dtype) - side // 2
+    gauss = torch.exp(-0.5 * (offset / (side / 4.708)) ** 2)
+    gauss = gauss / gauss.sum()
+    x = F.pad(x, [side // 2] * 4)
+    x = sum(weight * x[..., k : k + h, :] for k, weight in enumerate(gauss))
+    return sum(weight * x[..., k : k + w] for k, weight in enumerate(gauss))
+
+
 @torch.no_grad()
 def hough_matching(
     corr: Tensor,
@@ -635,8 +652,6 @@ def hough_matching(
     corr (B, Hs, Ws, Ht, Wt); masks (B, H, W) bool keep cells from voting and from being matched. Float32 whatever the
     input; no gradient (votes weigh, they do not teach). Costs a few passes over the volume.
     """
-    if side < 1 or side % 2 == 0:
-        raise ValueError(f"--hough-side {side}: the Gaussian's side must be odd and positive")
     a = corr.float().clamp(min=0) ** exponent
     if mask_s is not None:
         a = a * mask_s[:, :, :, None, None]
@@ -645,12 +660,7 @@ def hough_matching(
     ht, wt = a.shape[3:]
     votes = _sum_diagonals(a.transpose(2, 3))  # (B, Hs, Ht, Ws + Wt - 1)
     votes = _sum_diagonals(votes.permute(0, 3, 1, 2)).transpose(1, 2)  # (B, Hs + Ht - 1, Ws + Wt - 1)
-    offset = torch.arange(side, device=a.device, dtype=a.dtype) - side // 2
-    gauss = torch.exp(-0.5 * (offset / (side / 4.708)) ** 2)
-    gauss = gauss / gauss.sum()
-    with torch.autocast(corr.device.type, enabled=False):
-        votes = F.conv2d(votes[:, None], gauss.view(1, 1, -1, 1), padding=(side // 2, 0))
-        votes = F.conv2d(votes, gauss.view(1, 1, 1, -1), padding=(0, side // 2))[:, 0]
+    votes = gaussian_smooth(votes, side)
     # Row i of the unfolded view starts at displacement -i: (B, Hs, Ws, Ht, Wt) without a table of bins.
     return a * votes.unfold(1, ht, 1).unfold(2, wt, 1).flip(1, 2)
 

@@ -6,11 +6,15 @@ stage, in both directions. At inference it is the matcher: it transfers keypoint
     python pixel_stage.py                                                     # trains this stage alone
     python pixel_stage.py a.jpg b.jpg --checkpoint F --out m.png              # matches two pictures and draws it
     python pixel_stage.py a.jpg b.jpg --checkpoint F --points 40,52 118.5,60  # transfers points (pixels of a.jpg)
+
+The pictures come first; `python pixel_stage.py a.jpg b.jpg --help` explains the options of matching, `--help` alone
+those of training.
 """
 
 import argparse
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +27,7 @@ from modules import (
     Pairs,
     cells_to_xy,
     foreground,
+    gaussian_smooth,
     greedy_selection,
     matching_scores,
     pair_nms,
@@ -40,8 +45,8 @@ class PixelConfig(MatchConfig):
 def soft_target(points: Tensor, height: int, width: int) -> Tensor:
     """Heat map of a point (MMNet): its four surrounding cells weighted by inverse distance, then a 3x3 Gaussian.
 
-    Weights 1 / max(distance, 1e-5), normalised to 1; the Gaussian has standard deviation 3 / 4.708 cells, sums to 1,
-    and what it spreads beyond the border is lost. points (..., 2) as (x, y) in cells, inside the grid; returns
+    Weights 1 / max(distance, 1e-5), normalised to 1; what the Gaussian spreads beyond the border
+    is lost. points (..., 2) as (x, y) in cells, inside the grid; returns
     (..., H, W).
     """
     x, y = points[..., 0, None, None], points[..., 1, None, None]
@@ -49,11 +54,7 @@ def soft_target(points: Tensor, height: int, width: int) -> Tensor:
     around = ((xs - x).abs() < 1) & ((ys - y).abs() < 1)
     weight = around / ((xs - x) ** 2 + (ys - y) ** 2).sqrt().clamp(min=1e-5)
     weight = weight / weight.sum((-2, -1), keepdim=True)
-    offset = torch.arange(-1.0, 2.0, device=points.device)
-    gauss = torch.exp(-0.5 * (offset / (3 / 4.708)) ** 2)
-    kernel = gauss[:, None] * gauss / gauss.sum() ** 2
-    with torch.autocast(points.device.type, enabled=False):
-        return F.conv2d(weight.view(-1, 1, height, width), kernel[None, None], padding=1).view(weight.shape)
+    return gaussian_smooth(weight, 3)
 
 
 class PixelStage(nn.Module):
@@ -106,7 +107,7 @@ def match_files(argv: list[str]) -> None:
     """Match two pictures of one's own: draw the generator's pairs, or transfer given points and print them."""
     import data
     from evaluate import draw_matches
-    from train import load_cascade
+    from train import find_device, load_cascade
 
     parser = argparse.ArgumentParser(prog="pixel_stage.py", description=match_files.__doc__)
     parser.add_argument("source")
@@ -117,9 +118,13 @@ def match_files(argv: list[str]) -> None:
     parser.add_argument("--count", type=int, default=32, help="pairs to draw (default 32)")
     parser.add_argument("--saliency", nargs=2, metavar="MAP", help="8-bit saliency maps of the two pictures")
     parser.add_argument("--out", default="matches.png", help="picture to write (default matches.png)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     args = parser.parse_args(argv)
-    cascade = load_cascade(args.checkpoint, weights=args.weights, device=args.device)
+    if args.count < 1:
+        parser.error("--count must be at least 1")
+    if Path(args.out).suffix.lower() not in data.EXTENSIONS or not Path(args.out).resolve().parent.is_dir():
+        parser.error(f"--out {args.out}: give a picture in an existing folder, such as matches.png")
+    cascade = load_cascade(args.checkpoint, weights=args.weights, device=find_device(args.device))
     if cascade.pixel is None:
         raise ValueError(f"{args.checkpoint} was trained without a pixel stage (--stages {cascade.cfg.stages})")
     images = [data.open_image(path, upright=True) for path in (args.source, args.target)]
@@ -129,7 +134,7 @@ def match_files(argv: list[str]) -> None:
     for image, path in zip(images, maps):
         sal = data.open_saliency(path) if path else None
         tensor, cells = data.prepare(image, sal, cascade.cfg.size, cascade.backbone.patch)
-        sides.append(cascade.features(tensor[None].to(args.device), None if cells is None else cells[None]))
+        sides.append(cascade.features(tensor[None], None if cells is None else cells[None]))
     corr = cascade.pixel(*sides)
     grids = [side.grid for side in sides]
     if points is None:

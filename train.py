@@ -12,6 +12,7 @@ micro-batch each give the gradients of one process that accumulates w, and a res
 
 import argparse
 import dataclasses
+import datetime
 import inspect
 import json
 import math
@@ -75,7 +76,7 @@ class Config(ImageConfig, RegionConfig, PixelConfig):
     clip: float = 1.0  # largest gradient norm; 0: no clipping
     seed: int = 0  # of initial weights, pairing and crops
     workers: int = 0  # processes that load images
-    cache_features: bool = False  # keep frozen features in memory; only without augmentation
+    cache_features: bool = False  # keep frozen features (images are still read); only without augmentation
     amp: bool = True  # bfloat16 around the network, on GPUs only
     device: str = "auto"  # auto: a GPU if there is one; cpu; cuda
     out: str = "runs/train"  # folder for checkpoints, metrics.jsonl, pictures
@@ -294,6 +295,19 @@ def parse_config(argv: list[str] | None, only: str | None) -> tuple[Config, str 
     elif only:
         base = base | {"only": only, "out": f"runs/{only}"}
     cfg = Config(**base | given)
+    fixed = ("optimizer", "mil_lr", "weight_decay", "momentum", "only", "stages", "shared_attention")
+    given |= {"only": only} if only else {}
+    if resume and (changed := [name for name in fixed if name in given and given[name] != base[name]]):
+        raise ValueError(f"--resume goes on with the run as it was: --{changed[0].replace('_', '-')} cannot change")
+    positive = "volume_window volume_patch region_size candidates pairs accumulate log_every heads volume_heads"
+    for name in positive.split():
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
+    for name in ("seed", "warmup", "steps", "layers", "volume_depth", "ffn_ratio", "workers"):
+        if getattr(cfg, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: not negative")
+    if cfg.only and cfg.shared_attention:
+        raise ValueError("--shared-attention ties the stages together; it cannot be combined with --only")
     if cfg.only not in (None, *STAGES):
         raise ValueError(f"--only {cfg.only}: image, region or pixel")
     if cfg.only:
@@ -388,15 +402,35 @@ def commit_of_source() -> str:
         return "unknown"
 
 
+def find_device(name: str) -> torch.device:
+    """--device to a device that works; "auto" and "cuda" mean this process's own GPU. ValueError if there is none."""
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        return torch.empty(0, device="cpu" if name == "auto" else name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def leave_signals(worker: int) -> None:
+    """Ctrl-C reaches the loaders too: they live on, so that the training process can finish its step and save."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def build_optimizer(cascade: Cascade) -> torch.optim.Optimizer:
-    """AdamW or SGD over two groups: the image and region stage at `mil_lr` times the rate of the pixel stage.
+    """AdamW or SGD over two groups: the image and region stage at `mil_lr` times the rate of the pixel stage and of
+    blocks that it shares with them.
 
     AdamW's steps do not depend on the scale of a loss, so the weights of Eq. (3) cannot slow a stage down; this can.
     """
     cfg = cascade.cfg
     trained = [(name, p) for name, p in cascade.named_parameters() if p.requires_grad]
+
+    def fast(name: str) -> bool:
+        return name.startswith("pixel.") or (cfg.shared_attention and ".gated." in name)
+
     groups = [
-        {"params": [p for name, p in trained if name.startswith("pixel.") == pixel], "scale": scale}
+        {"params": [p for name, p in trained if fast(name) == pixel], "scale": scale}
         for pixel, scale in ((False, cfg.mil_lr), (True, 1.0))
     ]
     if cfg.optimizer == "sgd":
@@ -421,8 +455,14 @@ class Journal:
     def __init__(self, out: Path, start: int) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.path = out / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if start and self.path.exists() else []
-        self.path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
+        kept = []
+        for line in self.path.read_text().splitlines() if start and self.path.exists() else []:
+            try:
+                if json.loads(line)["step"] <= start:
+                    kept.append(line)
+            except ValueError:  # a kill may cut the last line short
+                break
+        self.path.write_text("".join(line + "\n" for line in kept))
 
     def record(self, step: int, values: dict) -> None:
         with open(self.path, "a") as file:
@@ -443,11 +483,13 @@ class Journal:
 def train(cfg: Config, resume: str | None = None) -> Cascade:
     """Train as configured; writes metrics.jsonl, last.pt and matches.png under cfg.out and returns the cascade."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    cuda = name.startswith("cuda")
-    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda and world > 1 else name)
+    device = find_device(cfg.device)
+    cuda = device.type == "cuda"
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        if cuda:
+            torch.cuda.set_device(device)
+        # One process measures PCK while the others wait.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
     chief, stages, out = rank == 0, STAGES[: cfg.stages], Path(cfg.out)
     images = training_set(cfg)
     val, test = (keypoint_set(cfg, split) if chief else None for split in ("val", "test"))
@@ -468,7 +510,9 @@ def train(cfg: Config, resume: str | None = None) -> Cascade:
 
     stream = data.PairStream(images, cfg.batch, cfg.seed, start * cfg.accumulate * world, rank, world)
     pairs = data.TrainPairs(images, cfg.size, cascade.backbone.patch, cfg.augment, cfg.seed)
-    loader = iter(DataLoader(pairs, batch_sampler=stream, num_workers=cfg.workers, pin_memory=cuda))
+    loader = iter(
+        DataLoader(pairs, batch_sampler=stream, num_workers=cfg.workers, pin_memory=cuda, worker_init_fn=leave_signals)
+    )
     cache, before, skipped, stop = {} if cfg.cache_features else None, {}, set(), []
     if chief:
         print(f"torch {torch.__version__}, {device}, {world} process(es), commit {commit_of_source()}")
@@ -525,6 +569,10 @@ def train(cfg: Config, resume: str | None = None) -> Cascade:
             dist.all_reduce(halt)
         if halt:
             break
+    if world > 1:
+        gathered = [None] * world
+        dist.all_gather_object(gathered, skipped)
+        skipped = set().union(*gathered)
     if chief:
         seconds = time.perf_counter() - clock
         if skipped:

@@ -569,7 +569,7 @@ def test_pfwillow_names_file_and_line_of_a_broken_row(tmp_path, broken):
 
 
 def test_pfwillow_names_a_folder_without_its_list_and_a_list_without_pairs(tmp_path):
-    with pytest.raises(ValueError, match=f"--datapath {tmp_path}/gone"):
+    with pytest.raises(ValueError, match=f"PF-WILLOW folder {tmp_path}/gone"):
         data.pfwillow(str(tmp_path / "gone"))
     with pytest.raises(ValueError, match="test_pairs.csv"):
         data.pfwillow(write_willow(tmp_path, []))

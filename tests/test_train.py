@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import signal
 import subprocess
@@ -95,18 +96,41 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
         assert a["loss"] == b["loss"]
 
 
-def test_interrupt_saves_and_says_how_to_go_on(tmp_path):
-    process = subprocess.Popen([sys.executable, "train.py", *SMALL, "--steps", "5000", "--out", tmp_path], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+@pytest.mark.parametrize("workers", [0, 1])
+def test_ctrl_c_on_the_terminal_reaches_loaders_too_and_still_saves(tmp_path, workers):
+    """A terminal sends SIGINT to the whole group of processes."""
+    flags = ["--steps", "5000", "--workers", str(workers), "--augment", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *SMALL, *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     while not (tmp_path / "metrics.jsonl").exists() or not losses(tmp_path):
-        assert process.poll() is None
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     printed, complaint = process.communicate(timeout=60)
     done = read_checkpoint(str(tmp_path / "last.pt"))["step"]
     assert process.returncode == 0 and 1 <= done < 5000
     assert f"stopped after step {done}; go on with --resume" in printed
     assert "Traceback" not in complaint
+
+
+def test_resume_survives_a_torn_line_and_refuses_another_optimiser(tmp_path, capsys):
+    train(*configured(tmp_path, "--steps", "2"))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')
+    last = str(tmp_path / "last.pt")
+    train(*parse_config(["--resume", last, "--steps", "3"], None))
+    assert [line["step"] for line in losses(tmp_path)] == [1, 2, 3]
+    with pytest.raises(ValueError, match="--resume goes on with the run as it was: --optimizer cannot change"):
+        parse_config(["--resume", last, "--optimizer", "sgd"], None)
+    with pytest.raises(ValueError, match="--only cannot change"):
+        parse_config(["--resume", last], "region")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
@@ -198,6 +222,11 @@ def test_single_options_override_a_preset():
     (["--hough-side", "4"], "--hough-side 4"),
     (["--heads", "7"], "--heads 7 does not divide"),
     (["--optimizer", "lion"], "--optimizer lion"),
+    (["--device", "abacus"], "--device abacus"),
+    (["--accumulate", "0"], "--accumulate 0: at least 1"),
+    (["--seed", "-1"], "--seed -1: not negative"),
+    (["--val", "pfwillow"], "PF-WILLOW folder None: expected"),
+    (["--only", "region", "--shared-attention"], "--shared-attention ties the stages together"),
 ])  # fmt: skip
 def test_bad_options_are_one_line(tmp_path, flags, words, capsys):
     from train import main
