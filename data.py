@@ -427,9 +427,9 @@ class Shapes(ImageSet):
         return record["image"], mask
 
 
-def shapes_pairs(split: str, saliency: bool = True) -> KeypointSet:
+def shapes_pairs(split: str) -> KeypointSet:
     """Annotated pairs of one split: every image is once the source, its target drawn at random from its class."""
-    images = Shapes(split, saliency)
+    images = Shapes(split)
     rng, pairs = np.random.default_rng(SHAPE_SPLITS[split][0]), []
     for src in range(len(images)):
         same = [i for i, label in enumerate(images.labels) if label == images.labels[src] and i != src]

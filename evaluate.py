@@ -180,8 +180,8 @@ def match_sheet(predictions: dict[str, list[Tensor]], keypoints: data.KeypointSe
 
 
 DATASETS = {
-    "shapes": lambda root: data.shapes_pairs("test"),
-    "pfwillow": data.pfwillow,
+    "shapes": lambda root, split: data.shapes_pairs(split),
+    "pfwillow": lambda root, split: data.pfwillow(root),  # it has a test split only
 }
 
 
@@ -220,7 +220,7 @@ def main() -> None:
             parser.error(f"cannot write {place}: no such folder")
     device = find_device(args.device)
     overrides = {k: v for k in ("backbone", "layer", "size") if (v := getattr(args, k)) is not None}
-    keypoints = DATASETS[args.dataset](args.datapath)
+    keypoints = DATASETS[args.dataset](args.datapath, "test")
     if args.checkpoint:
         cascade = load_cascade(args.checkpoint, weights=args.weights, device=device, **overrides)
         methods = (args.stage or [cascade.cfg.final_stage]) + (args.baseline or [])

@@ -20,10 +20,9 @@ from modules import (
     Pairs,
     Regions,
     adaptive_pooling,
-    foreground,
-    greedy_selection,
-    matching_scores,
     mil_loss,
+    negatives,
+    select_pairs,
 )
 
 
@@ -35,14 +34,6 @@ class ImageConfig(MatchConfig):
     ap_temperature: float = 0.05  # of AP's softmax; not given
     candidates: int = 32  # suspected pairs an image pair whose windows go on to the region stage; not given
     region_size: int = 5  # cells a side of a window; paper: 5
-
-
-def negatives(src: Features, labels: Tensor) -> tuple[Features, Tensor]:
-    """Negative pairs by batch shifting (NC-Net): source k-1 with target k, and which of them differ in class.
-
-    labels (B,): class of each pair. Returns the rolled sources and a bool (B,).
-    """
-    return src.map(lambda x: x.roll(1, 0)), labels.roll(1, 0) != labels
 
 
 def crop_windows(image: Features, centre: Tensor, size: int) -> tuple[Features, Tensor]:
@@ -84,17 +75,15 @@ class ImageStage(nn.Module):
         """Eq. (2) over the batch: corr is the volume of the positives, the negatives are rolled here."""
         cfg = self.cfg
         rolled, negative = negatives(src, labels)
-        keep_s, keep_t = (foreground(x.saliency, cfg.saliency_threshold) for x in (src, trg))
+        keep_s, keep_t, keep_r = (x.foreground(cfg.saliency_threshold) for x in (src, trg, rolled))
         ap_pos = adaptive_pooling(corr, keep_s, keep_t, cfg.ap, cfg.ap_temperature)
-        ap_neg = adaptive_pooling(self(rolled, trg), keep_s.roll(1, 0), keep_t, cfg.ap, cfg.ap_temperature)
+        ap_neg = adaptive_pooling(self(rolled, trg), keep_r, keep_t, cfg.ap, cfg.ap_temperature)
         return mil_loss(ap_pos, ap_neg, torch.ones_like(negative), negative)
 
     @torch.no_grad()
     def select(self, corr: Tensor, src: Features, trg: Features) -> Pairs:
         """Suspected pairs: Hough matching and Algorithm 1 inside the foreground, the best `candidates` of them."""
-        keep_s, keep_t = (foreground(x.saliency, self.cfg.saliency_threshold) for x in (src, trg))
-        pairs = greedy_selection(matching_scores(corr, keep_s, keep_t, self.cfg), keep_s, keep_t)
-        return Pairs(*(x[:, : self.cfg.candidates] for x in pairs))
+        return Pairs(*(x[:, : self.cfg.candidates] for x in select_pairs(corr, src, trg, self.cfg)))
 
     @torch.no_grad()
     def regions(self, pairs: Pairs, src: Features, trg: Features) -> Regions:

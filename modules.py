@@ -48,6 +48,10 @@ class Features(NamedTuple):
     def grid(self) -> tuple[int, int]:
         return tuple(self.saliency.shape[1:])
 
+    def foreground(self, threshold: float) -> Tensor:
+        """Algorithm 1, lines 4 and 5: a cell stays where S >= T. Returns (B, H, W) bool."""
+        return self.saliency >= threshold
+
     def map(self, function) -> "Features":
         """Apply a function to each of the three tensors."""
         return Features(*(function(x) for x in self))
@@ -571,6 +575,15 @@ def adaptive_pooling(corr: Tensor, mask_s: Tensor, mask_t: Tensor, form: str = "
     return (scores[0] + scores[1]) / 2
 
 
+def negatives(src: Features, labels: Tensor, windows: int = 1) -> tuple[Features, Tensor]:
+    """Negative pairs by batch shifting (NC-Net): source k-1 with target k, and which of them differ in class.
+
+    src: B images, or `windows` regions of each of B images; labels (B,): their classes. Returns the rolled sources and
+    a bool (B,).
+    """
+    return src.map(lambda x: x.roll(windows, 0)), labels.roll(1, 0) != labels
+
+
 def mil_loss(ap_pos: Tensor, ap_neg: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
     """Eq. (2): L = 1/N sum_i -AP(v_i[pos]) + AP(v_i[neg]), each mean over its real pairs alone.
 
@@ -603,11 +616,6 @@ class Regions(NamedTuple):
     origin_s: Tensor  # (B, K, 2): (x, y) of a window's first cell in the source image's grid
     origin_t: Tensor
     valid: Tensor  # (B, K) bool: False for windows that only fill up the batch
-
-
-def foreground(saliency: Tensor, threshold: float) -> Tensor:
-    """Algorithm 1, lines 4 and 5: a cell stays where S >= T. Saliency (..., H, W) in [0, 1] to bool."""
-    return saliency >= threshold
 
 
 def _sum_diagonals(a: Tensor) -> Tensor:
@@ -727,6 +735,13 @@ def greedy_selection(score: Tensor, keep_s: Tensor | None = None, keep_t: Tensor
     match, value = match.gather(1, order), value.gather(1, order)
     valid = match >= 0
     return Pairs(order * valid, match.clamp(min=0), value.masked_fill(~valid, 0), valid)
+
+
+@torch.no_grad()
+def select_pairs(corr: Tensor, src: Features, trg: Features, cfg: MatchConfig) -> Pairs:
+    """PMPS on whole images: Hough matching and Algorithm 1, both inside the foreground; all pairs, best first."""
+    keep_s, keep_t = (x.foreground(cfg.saliency_threshold) for x in (src, trg))
+    return greedy_selection(matching_scores(corr, keep_s, keep_t, cfg), keep_s, keep_t)
 
 
 @torch.no_grad()

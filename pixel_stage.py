@@ -26,11 +26,9 @@ from modules import (
     MatchConfig,
     Pairs,
     cells_to_xy,
-    foreground,
     gaussian_smooth,
-    greedy_selection,
-    matching_scores,
     pair_nms,
+    select_pairs,
     transfer_keypoints,
 )
 
@@ -45,9 +43,8 @@ class PixelConfig(MatchConfig):
 def soft_target(points: Tensor, height: int, width: int) -> Tensor:
     """Heat map of a point (MMNet): its four surrounding cells weighted by inverse distance, then a 3x3 Gaussian.
 
-    Weights 1 / max(distance, 1e-5), normalised to 1; what the Gaussian spreads beyond the border
-    is lost. points (..., 2) as (x, y) in cells, inside the grid; returns
-    (..., H, W).
+    Weights 1 / max(distance, 1e-5), normalised to 1; what the Gaussian spreads beyond the border is lost.
+    points (..., 2) as (x, y) in cells, inside the grid; returns (..., H, W).
     """
     x, y = points[..., 0, None, None], points[..., 1, None, None]
     xs, ys = torch.arange(width, device=points.device), torch.arange(height, device=points.device)[:, None]
@@ -58,7 +55,7 @@ def soft_target(points: Tensor, height: int, width: int) -> Tensor:
 
 
 class PixelStage(nn.Module):
-    """MVAM over whole images, cross-entropy on selected pairs, keypoint transfer."""
+    """MVAM over whole images, cross-entropy on selected pairs, the generator's pairs."""
 
     def __init__(self, dim: int, cfg: PixelConfig) -> None:
         super().__init__()
@@ -92,14 +89,7 @@ class PixelStage(nn.Module):
     @torch.no_grad()
     def select(self, corr: Tensor, src: Features, trg: Features, count: int, radius: float) -> Pairs:
         """The generator's pairs: Hough matching, Algorithm 1 inside the foreground, NMS, the best `count`."""
-        keep_s, keep_t = (foreground(x.saliency, self.cfg.saliency_threshold) for x in (src, trg))
-        pairs = greedy_selection(matching_scores(corr, keep_s, keep_t, self.cfg), keep_s, keep_t)
-        return pair_nms(pairs, src.grid[1], trg.grid[1], radius, count)
-
-    @torch.no_grad()
-    def transfer(self, corr: Tensor, points: Tensor) -> Tensor:
-        """Source to target: points (B, n, 2) as (x, y) in source cells to target cells, sub-cell."""
-        return transfer_keypoints(corr, points)
+        return pair_nms(select_pairs(corr, src, trg, self.cfg), src.grid[1], trg.grid[1], radius, count)
 
 
 @torch.no_grad()
@@ -145,7 +135,7 @@ def match_files(argv: list[str]) -> None:
         target_cells = cells_to_xy(pairs.trg, grids[1][1])[pairs.valid][None]
     else:
         source_cells = data.pixels_to_cells(points, images[0].size, grids[0])[None].to(corr)
-        target_cells = cascade.pixel.transfer(corr, source_cells)
+        target_cells = transfer_keypoints(corr, source_cells)
     src_kps = data.cells_to_pixels(source_cells[0].cpu(), images[0].size, grids[0])
     trg_kps = data.cells_to_pixels(target_cells[0].cpu(), images[1].size, grids[1])
     if points is not None:

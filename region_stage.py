@@ -20,9 +20,9 @@ from modules import (
     Pairs,
     Regions,
     adaptive_pooling,
-    foreground,
     matching_scores,
     mil_loss,
+    negatives,
     pair_nms,
     transfer_keypoints,
 )
@@ -60,11 +60,11 @@ class RegionStage(nn.Module):
         """
         src, trg, valid = regions.src, regions.trg, regions.valid
         cfg, count = self.cfg, valid.shape[1]
-        rolled = src.map(lambda x: x.roll(count, 0))  # windows of image b - 1 beside those of image b
-        negative = (labels.roll(1, 0) != labels)[:, None] & valid & valid.roll(1, 0)
-        keep_s, keep_t = (foreground(x.saliency, cfg.saliency_threshold) for x in (src, trg))
+        rolled, negative = negatives(src, labels, windows=count)  # windows of image b - 1 beside those of image b
+        negative = negative[:, None] & valid & valid.roll(1, 0)
+        keep_s, keep_t, keep_r = (x.foreground(cfg.saliency_threshold) for x in (src, trg, rolled))
         ap_pos = adaptive_pooling(corr, keep_s, keep_t, cfg.ap, cfg.ap_temperature)
-        ap_neg = adaptive_pooling(self(rolled, trg), keep_s.roll(count, 0), keep_t, cfg.ap, cfg.ap_temperature)
+        ap_neg = adaptive_pooling(self(rolled, trg), keep_r, keep_t, cfg.ap, cfg.ap_temperature)
         return mil_loss(ap_pos, ap_neg, valid.flatten(), negative.flatten())
 
     @torch.no_grad()
@@ -74,7 +74,7 @@ class RegionStage(nn.Module):
         corr (B*K, r, r, r, r); grid: (H, W) of the whole images.
         """
         cfg, r = self.cfg, self.cfg.region_size
-        keep_s, keep_t = (foreground(x.saliency, cfg.saliency_threshold) for x in regions[:2])
+        keep_s, keep_t = (x.foreground(cfg.saliency_threshold) for x in regions[:2])
         score = matching_scores(corr, keep_s, keep_t, cfg)
         inside = keep_s[:, :, :, None, None] & keep_t[:, None, None]
         score = score.masked_fill(~inside, float("-inf")).flatten(1)  # (B*K, r^4)

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from evaluate import ALPHAS, match_sheet, predict, score
+from evaluate import ALPHAS, DATASETS, match_sheet, predict, score
 from image_stage import ImageConfig, ImageStage
 from modules import Features, Pairs, cosine_volume, hough_matching, load_backbone, transfer_keypoints
 from pixel_stage import PixelConfig, PixelStage
@@ -336,14 +336,11 @@ def training_set(cfg: Config) -> data.ImageSet:
 def keypoint_set(cfg: Config, split: str) -> data.KeypointSet | None:
     """The annotated pairs of --val; of shapes the objects of `split` ("val" or "test"), never those trained on."""
     name = cfg.val if cfg.val != "auto" else ("shapes" if cfg.dataset == "shapes" else "none")
-    builders = {
-        "shapes": lambda: data.shapes_pairs(split, cfg.saliency == "auto"),
-        "pfwillow": lambda: data.pfwillow(cfg.val_root),
-        "none": lambda: None,
-    }
-    if name not in builders:
-        raise ValueError(f"--val {name}: {', '.join(builders)}")
-    return builders[name]()
+    if name == "none":
+        return None
+    if name not in DATASETS:
+        raise ValueError(f"--val {name}: {', '.join(DATASETS)}, none")
+    return DATASETS[name](cfg.val_root, split)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ import pytest
 import torch
 from literal import greedy_literal, hough_table
 
-from image_stage import ImageStage, crop_windows, negatives
-from modules import Features, Pairs, adaptive_pooling
+from image_stage import ImageStage, crop_windows
+from modules import Features, Pairs, adaptive_pooling, negatives
 from pixel_stage import PixelStage, soft_target
 from region_stage import RegionStage
 from train import STAGES, Cascade, Config
