@@ -384,7 +384,8 @@ def draw_shape(category: str, seed: int, size: int = 128) -> dict:
 
     Returns "image", PIL RGB (size x size); "mask", PIL L, 255 on the object's silhouette; "kps", {name: (x, y)} with
     every keypoint of the category, in pixels, the centre of pixel (i, j) being at (i, j); "bbox", the (x0, y0, x1, y1)
-    of the mask in pixels, x1 and y1 exclusive, so that its width is x1 - x0.
+    of the mask in pixels, x1 and y1 exclusive, so that its width is x1 - x0; "parts", the polygons in the same pixels,
+    back to front, complex arrays, the same number with the same vertices in every instance of a category.
     """
     if category not in DRAWERS:
         raise ValueError(f"unknown category {category!r}; known: {', '.join(SHAPE_CLASSES)}")
@@ -408,8 +409,42 @@ def draw_shape(category: str, seed: int, size: int = 128) -> dict:
     image = draw_background(rng, side)
     silhouette = paint(figure, image, lambda z: scale * posed(z) + shift)
     mask = silhouette.reduce(SUPERSAMPLE).point(lambda v: 255 if v >= 128 else 0)
+
     # ImageDraw's pixel i spans i to i + 1, whereas a keypoint's coordinates have the centre of pixel i at i
-    kps = {name: (scale * posed(z) + shift) / SUPERSAMPLE - (0.5 + 0.5j) for name, z in figure.kps.items()}
+    def pixels(z: np.ndarray | complex) -> np.ndarray:
+        return (scale * posed(z) + shift) / SUPERSAMPLE - (0.5 + 0.5j)
+
+    kps = {name: pixels(z) for name, z in figure.kps.items()}
     return {"image": image.reduce(SUPERSAMPLE), "mask": mask,
             "kps": {name: (float(z.real), float(z.imag)) for name, z in kps.items()},
-            "bbox": tuple(float(v) for v in mask.getbbox())}
+            "bbox": tuple(float(v) for v in mask.getbbox()),
+            "parts": [pixels(outline) for outline, _, _ in figure.parts]}
+
+
+def corresponding_points(src: dict, trg: dict, points: np.ndarray) -> np.ndarray:
+    """Where any points (n, 2) of one drawn object truly lie on another of its category, (n, 2), both in pixels.
+
+    A point belongs to the front-most part that covers it and keeps its mean-value coordinates (Floater 2003) within
+    that part's polygon, even if something hides it in the target. A point that no part covers, such as one on an
+    outline, moves with the nearest place on any part's boundary.
+    """
+    found = []
+    for z in np.asarray(points, dtype=float) @ (1, 1j):
+        nearest = (np.inf, z)
+        for ours, theirs in zip(reversed(src["parts"]), reversed(trg["parts"])):
+            spokes, edges = ours - z, np.roll(ours, -1) - ours
+            along = np.clip(-(spokes * edges.conj()).real / np.maximum(abs(edges) ** 2, 1e-12), 0, 1)
+            distance = abs(spokes + along * edges)              # to each side
+            k = distance.argmin()
+            boundary = theirs[k] + along[k] * (np.roll(theirs, -1) - theirs)[k]
+            nearest = min(nearest, (distance[k], boundary), key=lambda pair: pair[0])
+            if distance[k] < 1e-6:
+                break
+            angles = np.angle(np.roll(spokes, -1) / spokes)     # that each side spans, seen from the point
+            if abs(angles.sum()) > np.pi:                       # it winds around the point
+                half = np.tan(angles / 2)
+                weights = (half + np.roll(half, 1)) / abs(spokes)
+                nearest = (0.0, weights @ theirs / weights.sum())
+                break
+        found.append((nearest[1].real, nearest[1].imag))
+    return np.array(found).reshape(-1, 2)
