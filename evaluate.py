@@ -126,11 +126,12 @@ def draw_matches(
     truth: Tensor | None = None,
     right: Tensor | None = None,
     height: int = 256,
+    colours: list[tuple[int, int, int]] | None = None,
 ) -> Image.Image:
     """Two images side by side at one height, matches joined by lines.
 
     src_kps, trg_kps, truth (n, 2) in their image's pixels. With truth, crosses mark it and a line is green where
-    `right` (n,) holds and red elsewhere; without, every line has its own hue.
+    `right` (n,) holds and red elsewhere; without, every line has its own hue, or its own of the given colours.
     """
     scales = [height / image.height for image in (src, trg)]
     views = [image.resize((max(1, round(image.width * s)), height)) for image, s in zip((src, trg), scales)]
@@ -142,7 +143,9 @@ def draw_matches(
     ends = ((trg_kps + 0.5) * scales[1] + shift).tolist()
     crosses = [None] * len(ends) if truth is None else ((truth + 0.5) * scales[1] + shift).tolist()
     for k, ((x, y), (u, v), cross) in enumerate(zip(starts, ends, crosses)):
-        if right is None:
+        if colours:
+            colour = colours[k]
+        elif right is None:
             colour = Image.new("HSV", (1, 1), (k * 255 // max(len(ends), 1), 220, 255)).convert("RGB").getpixel((0, 0))
         else:
             colour = GREEN if right[k] else RED

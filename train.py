@@ -267,6 +267,18 @@ def option_help(cls: type) -> dict[str, str]:
     return dict(re.findall(r"^    (\w+): [^#\n]+#\s*(.+)$", lines, re.MULTILINE))
 
 
+def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
+    """One option for every field of a configuration."""
+    help_of = option_help(cls)
+    for field in dataclasses.fields(cls):
+        flag, text = f"--{field.name.replace('_', '-')}", help_of.get(field.name, "").replace("%", "%%")
+        if field.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=f"{text} (default {field.default})")
+        else:
+            kind = str if field.type == str | None else field.type
+            parser.add_argument(flag, type=kind, help=f"{text} (default {field.default})")
+
+
 def parse_config(argv: list[str] | None, only: str | None) -> tuple[Config, str | None]:
     """Command line to configuration: the preset, over it the single options. Returns it and --resume's file.
 
@@ -278,14 +290,7 @@ def parse_config(argv: list[str] | None, only: str | None) -> tuple[Config, str 
     preset_help = "paper: section 4.1; quick: on shapes the default. Either replaces some of the defaults below"
     parser.add_argument("--preset", choices=PRESETS, help=preset_help)
     parser.add_argument("--resume", help="checkpoint of this run to go on from")
-    help_of = option_help(Config)
-    for field in dataclasses.fields(Config):
-        flag, text = f"--{field.name.replace('_', '-')}", help_of.get(field.name, "").replace("%", "%%")
-        if field.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=f"{text} (default {field.default})")
-        else:
-            kind = str if field.type == str | None else field.type
-            parser.add_argument(flag, type=kind, help=f"{text} (default {field.default})")
+    add_options(parser, Config)
     given = vars(parser.parse_args(argv))
     resume = given.pop("resume", None)
     preset = given.pop("preset", "quick" if given.get("dataset", "shapes") == "shapes" else None)
