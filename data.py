@@ -9,7 +9,12 @@ are the only places that know.
 """
 
 import csv
+import json
+import os
+import re
+import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,6 +148,13 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def members(self) -> list[list[int]]:
+        """The images of every class."""
+        found: list[list[int]] = [[] for _ in self.classes]
+        for index, label in enumerate(self.labels):
+            found[label].append(index)
+        return found
+
     def load(self, index: int) -> tuple[Image.Image, Image.Image | None]:
         """RGB image and its saliency map (mode F, [0, 1]) or None; ValueError for a file that cannot be read."""
         path = self.paths[index]
@@ -161,11 +173,8 @@ class ImageSet:
         An odd class leaves one image out, another one every epoch.
         """
         rng = np.random.default_rng((seed, epoch))
-        by_class: dict[int, list[int]] = {}
-        for index, label in enumerate(self.labels):
-            by_class.setdefault(label, []).append(index)
         pairs = []
-        for members in by_class.values():
+        for members in self.members():
             order = rng.permutation(members).tolist()
             pairs += list(zip(order[0::2], order[1::2]))
         return [pairs[k] for k in rng.permutation(len(pairs))]
@@ -439,3 +448,115 @@ def shapes_pairs(split: str) -> KeypointSet:
         x0, y0, x1, y1 = b["bbox"]
         pairs.append(KeypointPair(src, trg, *kps, images.classes[images.labels[src]], max(x1 - x0, y1 - y0)))
     return KeypointSet(f"shapes {split}", images, pairs)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Label sets on disk: SC-ImageNet as the authors' CATs and DHPF read it
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it; OSError, in one line, leaves nothing behind."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror}; what was finished before is kept") from None
+
+
+def plain_names(names: list[str]) -> list[str]:
+    """Names without '-', ':', glob characters, spaces or anything but letters, digits, '_' and '.'; all different."""
+    found: list[str] = []
+    taken = set()
+    for name in names:
+        plain = new = re.sub(r"[^A-Za-z0-9_.]+", "_", name) or "_"
+        number = 2
+        while new in taken:
+            new, number = f"{plain}_{number}", number + 1
+        taken.add(new)
+        found.append(new)
+    return found
+
+
+def image_names(images: ImageSet) -> list[tuple[str, str]]:
+    """(category, id) of every image: its file in the tree is <category>/<category>_<id>.JPEG, ImageNet's own naming."""
+    categories, ids = plain_names(images.classes), {}
+    for name, members in zip(images.classes, images.members()):
+        ids |= dict(zip(members, plain_names([images.paths[i].stem.removeprefix(f"{name}_") for i in members])))
+    return [(categories[label], ids[i]) for i, label in enumerate(images.labels)]
+
+
+def annotation(pair: dict, number: int, sides: tuple[dict, dict], names: list[tuple[str, str]]) -> tuple[str, dict]:
+    """A pair's id and its record in SPair-71k's form, with the loop error of every match (source pixels) added."""
+    (category, src), (_, trg) = (names[pair[side]] for side in ("src", "trg"))
+    name = f"{number:06d}-{src}-{trg}:{category}"
+    record: dict = {"pair_id": number, "filename": name, "category": category}
+    for side, image, ident in (("src", sides[0], src), ("trg", sides[1], trg)):
+        record |= {
+            f"{side}_imname": f"{category}_{ident}.JPEG",
+            f"{side}_imsize": [*image["size"], 3],
+            f"{side}_bndbox": image["box"],
+            f"{side}_pose": "Unspecified",
+            f"{side}_kps": pair[f"{side}_kps"],
+        }
+    x0, y0, x1, y1 = sides[0]["box"]
+    record |= {"kps_ids": [str(k) for k in range(len(pair["errors"]))]}
+    record |= dict.fromkeys(("mirror", "viewpoint_variation", "scale_variation", "truncation", "occlusion"), 0)
+    return name, record | {"loop_error": [round(e * max(x1 - x0, y1 - y0), 2) for e in pair["errors"]]}
+
+
+def place_image(images: ImageSet, index: int, path: Path, how: str) -> None:
+    """Link or copy an image into the tree; drawn ones are saved. The original is never touched."""
+    if isinstance(images, Shapes):
+        images.load(index)[0].save(path, "JPEG", quality=95)
+    elif how == "copy":
+        shutil.copyfile(images.paths[index], path)
+    else:
+        path.symlink_to(images.paths[index].resolve())
+
+
+def write_label_tree(out: Path, images: ImageSet, records: Iterable[dict], how: str) -> None:
+    """Write OUT/SC-ImageNet (and its second name SC-IMAGENET, which DHPF wants) from the records of pair shards.
+
+    Written under a temporary name and put in place as a whole; OSError leaves an earlier tree as it was.
+    """
+    final, temporary = out / "SC-ImageNet", out / "SC-ImageNet.tmp"
+    names, placed = image_names(images), {}
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        for split in ("trn", "val"):
+            (temporary / "PairAnnotation" / split).mkdir(parents=True)
+        (temporary / "JPEGImages").mkdir()
+        (temporary / "Layout" / "large").mkdir(parents=True)
+        lines: dict[str, list[str]] = {"trn": [], "val": []}
+        number = 0
+        for record in records:
+            for pair in record["pairs"]:
+                if not pair["kept"]:
+                    continue
+                number += 1
+                sides = record["images"][str(pair["src"])], record["images"][str(pair["trg"])]
+                name, content = annotation(pair, number, sides, names)
+                (temporary / "PairAnnotation" / record["split"] / f"{name}.json").write_text(json.dumps(content))
+                lines[record["split"]].append(f"{name}\n")
+                for i in (pair["src"], pair["trg"]):
+                    if i not in placed:
+                        category, ident = names[i]
+                        placed[i] = path = temporary / "JPEGImages" / category / f"{category}_{ident}.JPEG"
+                        path.parent.mkdir(exist_ok=True)
+                        place_image(images, i, path, how)
+        for split, found in lines.items():
+            (temporary / "Layout" / "large" / f"{split}.txt").write_text("".join(found))
+        origin = {f"{a}_{b}.JPEG": str(images.paths[i]) for i, (a, b) in enumerate(names) if i in placed}
+        write_whole(out / "names.json", json.dumps(origin, indent=0))
+        old = out / "SC-ImageNet.old"
+        if final.exists():
+            final.rename(old)
+        temporary.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+        if not (out / "SC-IMAGENET").exists():
+            (out / "SC-IMAGENET").symlink_to("SC-ImageNet")
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"cannot write the label set: {error}; the shards are kept, the same command goes on") from None

@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -180,6 +181,52 @@ def match_sheet(predictions: dict[str, list[Tensor]], keypoints: data.KeypointSe
             page.paste(row[column], (x, 16 + 200 * r))
         x += width + 8
     return page
+
+
+def draw_pair(images: data.ImageSet, pair: dict) -> Image.Image:
+    """A labelled pair; matches from green (their loops close) over yellow to red (they miss by a tenth of the box)."""
+    colours = [
+        tuple(Image.new("HSV", (1, 1), (int(85 * (1 - min(e / 0.1, 1))), 230, 240)).convert("RGB").getpixel((0, 0)))
+        for e in pair["errors"]
+    ]
+    points = (torch.tensor(pair[f"{side}_kps"]) for side in ("src", "trg"))
+    view = draw_matches(*(images.load(pair[side])[0] for side in ("src", "trg")), *points, height=160, colours=colours)
+    page = Image.new("RGB", (view.width, view.height + 14), "white")
+    page.paste(view, (0, 14))
+    name = images.classes[images.labels[pair["src"]]]
+    ImageDraw.Draw(page).text((2, 1), f"{name}  loop error {100 * pair['score']:.1f} %", fill="black")
+    return page
+
+
+def picture_page(views: list[Image.Image], width: int = 1400) -> Image.Image:
+    """Pictures of one height set in rows."""
+    places, x, y = [], 0, 0
+    step = max(view.height for view in views) + 4
+    for view in views:
+        if x and x + view.width > width:
+            x, y = 0, y + step
+        places.append((x, y))
+        x += view.width + 8
+    page = Image.new("RGB", (width, y + step), "white")
+    for view, place in zip(views, places):
+        page.paste(view, place)
+    return page
+
+
+def draw_histograms(errors: dict[str, list[float]], kept: dict[str, list[float]]) -> Image.Image:
+    """Histograms of the images' errors by class, from 0 to the largest, the best class first; kept images green."""
+    views, top = [], max(map(max, errors.values()))
+    for name in sorted(errors, key=lambda n: np.mean(errors[n])):
+        view = Image.new("RGB", (168, 76), "white")
+        draw = ImageDraw.Draw(view)
+        every, best = (np.histogram(e[name], 20, (0, top))[0] for e in (errors, kept))
+        for k, (n, m) in enumerate(zip(every * 50 / every.max(), best * 50 / every.max())):
+            draw.rectangle((4 + 8 * k, 72 - n, 10 + 8 * k, 72), fill=(190, 190, 200))
+            draw.rectangle((4 + 8 * k, 72 - m, 10 + 8 * k, 72), fill=(40, 170, 70))
+        draw.line((2, 73, 166, 73), fill="black")
+        draw.text((4, 2), f"{name[:17]}  {100 * np.mean(errors[name]):.1f} %", fill="black")
+        views.append(view)
+    return picture_page(views)
 
 
 DATASETS = {

@@ -1,17 +1,20 @@
-"""Pseudo-labels of a trained cascade, written as SC-ImageNet (paper, sections 3.4 and 3.5; supplement, sections 2 and 3).
+"""Pseudo-labels of a trained cascade, written as SC-ImageNet (paper, sections 3.4 and 3.5; supplement, section 3).
 
     python label.py --checkpoint runs/quick/last.pt                                              # the built-in shapes
     python label.py --checkpoint F --dataset folder --root DIR --saliency MAPS --out labels --draw 20
     torchrun --nproc_per_node=8 label.py --checkpoint F --dataset folder --root ILSVRC2012/train --detector --out labels
 
-1. Classes: --keep-classes, --drop-classes.  2. Single instances: one confident box an image, by a detector (--detector).
-3. Closed loops: every foreground cell of s travels s -> m -> t -> s; how far from its start it ends is the loop's error.
-4. Images: the most consistent share of every class.  5. Pairs of kept images: one-to-one matches whose loops close and
-whose direct transfer s -> t agrees with the one through m.  6. Merging into one tree that keypoint matchers read.
+1. Classes            a list of those to keep or to drop
+2. Single instances   one confident box an image, by a detector (--detector)
+3. Closed loops       every foreground cell travels s -> m -> t -> s; how far from its start it ends is the loop's error
+4. Images             the most consistent share of every class
+5. Pairs              of kept images: one-to-one matches, the best by their loops, whose direct transfer s -> t agrees
+                      with the one through m
+6. Merging            one tree that keypoint matchers read
 
-A loop needs three volumes, but the volumes of all pairs of a clique of K images hold K (K-1) (K-2) loops: K = 12 gives 110
-loops an image for 5.5 volumes an image. Of a volume only its two transfer maps stay (one point a cell), so a loop is three
-look-ups. Every clique is a shard of its own under OUT/work: a killed run goes on where it stopped.
+A loop needs three volumes, but the volumes of all pairs of a clique of K images hold K (K-1) (K-2) loops: K = 12 gives
+110 loops an image for 5.5 volumes an image. Of a volume only its two transfer maps stay (one point a cell), so a loop
+is three look-ups. Every clique is a shard of its own under OUT/work: a killed run goes on where it stopped.
 """
 
 import argparse
@@ -21,11 +24,8 @@ import hashlib
 import json
 import math
 import os
-import re
-import shutil
 import sys
 import time
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -34,13 +34,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data
-from evaluate import correct_points, draw_matches
+from evaluate import correct_points, draw_histograms, draw_pair, picture_page
 from modules import Features, Pairs, cells_to_xy, kernel_soft_argmax, pair_nms, select_pairs
 from shapes import corresponding_points
 from train import Cascade, add_options, find_device, leave_signals, load_cascade
@@ -92,10 +91,10 @@ class LabelConfig:
 def clique_maps(cascade: Cascade, feats: Features, batch: int, matched: bool = False) -> tuple[Tensor, Tensor | None]:
     """Transfer maps between all ordered pairs of K images, from one volume for every two of them.
 
-    A pair's volume is that of the image that comes first, read along its rows from first to second and along its columns
-    back; no volume is kept. Returns maps (K, K, h, w, 2), maps[a, b, y, x] being the place (x, y) in cells of b that
-    a's cell goes to, and, if `matched`, partners (K, K, h*w): the cell of b that Hough matching and Algorithm 1 pair
-    with a's cell, -1 where they give it none.
+    A pair's volume is that of the image that comes first, read along its rows from first to second and along its
+    columns back; no volume is kept. Returns maps (K, K, h, w, 2), maps[a, b, y, x] being the place (x, y) in cells of b
+    that a's cell goes to, and, if `matched`, partners (K, K, h*w): the cell of b that Hough matching and Algorithm 1
+    pair with a's cell, -1 where they give it none.
     """
     count, (h, w) = len(feats.feat), feats.grid
     maps = feats.saliency.new_zeros(count, count, h, w, 2)
@@ -126,8 +125,8 @@ def follow(maps: Tensor, points: Tensor) -> Tensor:
 def closed_loops(maps: Tensor, s: int) -> tuple[Tensor, Tensor, Tensor]:
     """All loops s -> m -> t -> s of all N cells of image s (section 3.4).
 
-    maps (K, K, h, w, 2) of clique_maps. Returns `via` (K, K, N, 2), where m sends them in t, `back` (K, K, N, 2), where t
-    sends those in s, both indexed [m, t] and in cells, and (K, K) bool: s, m and t are three images.
+    maps (K, K, h, w, 2) of clique_maps. Returns `via` (K, K, N, 2), where m sends them in t, `back` (K, K, N, 2), where
+    t sends those in s, both indexed [m, t] and in cells, and (K, K) bool: s, m and t are three images.
     """
     count = len(maps)
     direct = maps[s].flatten(1, 2).repeat_interleave(count, 0)  # (m, t) -> s's cells in m
@@ -181,8 +180,8 @@ def pair_matches(clique: Clique, maps: Tensor, partners: Tensor, cfg: LabelConfi
     where at least half of the other images m send it. Its score is its mean loop error over m; of those kept, the best
     `points` are taken that non-maximum suppression of the largest possible radius (up to 4 cells) leaves.
 
-    Returns one dict a pair that has `fewest` matches: src and trg (places in the clique), src_kps and trg_kps in pixels,
-    errors (shares of the source box), score (their mean).
+    Returns one dict a pair that has `fewest` matches: src and trg (places in the clique), src_kps and trg_kps in
+    pixels, errors (shares of the source box), score (their mean).
     """
     count, (h, w) = len(maps), clique.feats.grid
     cells = cells_to_xy(torch.arange(h * w, device=maps.device), w)
@@ -269,13 +268,15 @@ def load_detector(weights: str | None, device: torch.device) -> torch.nn.Module:
         detector.load_state_dict(state)
     except Exception as error:  # unpickling, urllib and strict loading raise many kinds; the way out is the same
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"cannot read the detector from {origin} ({reason}); give it with --detector-weights") from None
+        raise ValueError(
+            f"cannot read the detector from {origin} ({reason}); give it with --detector-weights"
+        ) from None
     return detector.to(device).eval()
 
 
 def single_box(scores: Tensor, boxes: Tensor, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
-    """The box of the only object over 0.9, whatever its class, in whole pixels inside the (W, H) image; None if there is
-    not exactly one (section 3.5)."""
+    """The box of the only object over 0.9, whatever its class, in whole pixels inside the (W, H) image; None if there
+    is not exactly one (section 3.5)."""
     sure = boxes[scores > 0.9]
     if len(sure) != 1:
         return None
@@ -314,7 +315,9 @@ class CliqueSet(Dataset):
         return {"index": index, "views": views, "cells": cells, "sizes": sizes, "skipped": skipped}
 
 
-def build_clique(cascade: Cascade, item: dict, boxes: dict[int, list[int]], amp: bool) -> tuple[Clique | None, list[int]]:
+def build_clique(
+    cascade: Cascade, item: dict, boxes: dict[int, list[int]], amp: bool
+) -> tuple[Clique | None, list[int]]:
     """Features, boxes and foreground of one item of CliqueSet; None if it has fewer than three usable images.
 
     boxes: those of a detector; outside of its box an image has no foreground. Without one, the box is that of the
@@ -344,7 +347,9 @@ def build_clique(cascade: Cascade, item: dict, boxes: dict[int, list[int]], amp:
     stride = torch.tensor([[width / w, height / h] for width, height in sizes], device=device)
     side = torch.tensor([max(x1 - x0, y1 - y0) for x0, y0, x1, y1 in frames], device=device, dtype=torch.float32)
     masks = masks.to(device)
-    feats = Features(feats.feat[keep], feats.token[keep], masks.view(-1, h, w) * 2.0 - 1)  # under every threshold or over
+    feats = Features(
+        feats.feat[keep], feats.token[keep], masks.view(-1, h, w) * 2.0 - 1
+    )  # under every threshold or over
     return Clique(index, feats, sizes, frames, stride, side, masks), empty
 
 
@@ -359,29 +364,16 @@ def split_cliques(members: list[int], size: int) -> list[list[int]]:
 # Shards: one file a clique, written whole or not at all
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it; OSError, in one line, leaves nothing behind."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error.strerror}; what was finished before is kept") from None
+def read_shard(folder: Path, number: int) -> dict:
+    """The record of one shard."""
+    return json.loads((folder / f"{number:06d}.json").read_text())
 
 
-def read_shards(folder: Path, count: int):
-    """The records of shards 0 to count - 1, in order."""
-    for number in range(count):
-        yield json.loads((folder / f"{number:06d}.json").read_text())
+class Processes:
+    """This process among all of torchrun's: its share of the shards, and waiting for the others."""
 
-
-class Worker:
-    """This process's part of the work: which shards are its own, and when all processes have come as far."""
-
-    def __init__(self, cfg: LabelConfig) -> None:
+    def __init__(self) -> None:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.out, self.workers = Path(cfg.out), cfg.workers
         if self.world > 1:
             dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
 
@@ -393,36 +385,42 @@ class Worker:
         if self.rank == 0:
             print(text, flush=True)
 
-    def shards(self, name: str, settings: dict, items: Dataset, count: int, make, cost=lambda number: 1, unit="clique"):
-        """Make the shards of one step that are not there yet; returns their folder.
+    def shards(
+        self, folder: Path, settings: dict, items: Dataset, costs: list[int], unit: str, make, workers: int
+    ) -> None:
+        """Make the shards of one step that are not there yet, `make(number, item)` being the record of one.
 
-        settings: whatever the shards depend on. Raises ValueError if those that are there came from others.
-        make(number, item) gives a shard's record, cost(number) its share of the progress bar.
+        settings: whatever the shards depend on; ValueError if those that are there came from others. costs: each
+        shard's part of the progress bar, in `unit`s.
         """
-        folder, text = self.out / "work" / name, json.dumps(settings, indent=1, sort_keys=True)
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            stored = folder / "settings.json"
+            stored, settings = folder / "settings.json", json.loads(json.dumps(settings))
             old = json.loads(stored.read_text()) if stored.exists() else settings
-            if old != json.loads(text):
+            if old != settings:
                 what = next(k for k in settings | old if settings.get(k) != old.get(k))
                 raise ValueError(
                     f"{folder} was made with {what} {old.get(what)}, not {settings.get(what)}; give another --out,"
                     f" or delete {folder} to make it anew"
                 )
-            write_whole(stored, text)
+            data.write_whole(stored, json.dumps(settings, indent=1))
         self.wait()
-        todo = [k for k in range(self.rank, count, self.world) if not (folder / f"{k:06d}.json").exists()]
-        loader = DataLoader(
-            items, sampler=todo, batch_size=None, num_workers=self.workers, worker_init_fn=leave_signals
+        todo = [k for k in range(self.rank, len(costs), self.world) if not (folder / f"{k:06d}.json").exists()]
+        loader = DataLoader(items, sampler=todo, batch_size=None, num_workers=workers, worker_init_fn=leave_signals)
+        quiet, start, total = (
+            self.rank != 0 or not sys.stderr.isatty(),
+            time.perf_counter(),
+            sum(costs[k] for k in todo),
         )
-        quiet = self.rank != 0 or not sys.stderr.isatty()
-        with tqdm(total=sum(map(cost, todo)), desc=name, unit=unit, unit_scale=True, disable=quiet) as bar:
+        with tqdm(total=total, desc=folder.name, unit=f" {unit}", unit_scale=True, disable=quiet) as bar:
             for number, item in zip(todo, loader):
-                write_whole(folder / f"{number:06d}.json", json.dumps(make(number, item)))
-                bar.update(cost(number))
+                data.write_whole(folder / f"{number:06d}.json", json.dumps(make(number, item)))
+                bar.update(costs[number])
         self.wait()
-        return folder
+        seconds = time.perf_counter() - start
+        if todo:
+            others = f" in each of {self.world} processes" if self.world > 1 else ""
+            self.say(f"{folder.name}: {total:,} {unit} in {seconds:.0f} s, {total / seconds:,.0f} a second{others}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -435,7 +433,7 @@ def share_of(share: float, count: int) -> int:
 
 
 def select_images(errors: dict[int, float], labels: list[int], cfg: LabelConfig) -> tuple[dict, set[int]]:
-    """The images to keep, {class: [image, ...]} with the most consistent first, and the classes dropped as the worst."""
+    """The images to keep, {class: [image, ...]}, the most consistent first, and the classes dropped as the worst."""
     by_class: dict[int, list[int]] = {}
     for i in sorted(errors, key=lambda i: (errors[i], i)):
         by_class.setdefault(labels[i], []).append(i)
@@ -450,175 +448,31 @@ def select_images(errors: dict[int, float], labels: list[int], cfg: LabelConfig)
 
 
 def split_images(kept: dict[int, list[int]], share: float, seed: int) -> dict[str, dict[int, list[int]]]:
-    """Kept images to trn and val. A loop needs three images, so a class gives val three or more, or none; what it owes
-    is carried to the next class. Both lists are in random order."""
+    """Kept images to trn and val, both in random order. Pairs need company: a class gives val at least six images (or
+    half of them, where it has less than twelve), or none, and what it owes is carried to the next class."""
     splits, due = {"trn": {}, "val": {}}, 0.0
     for label, members in kept.items():
         order = np.random.default_rng((seed, 1, label)).permutation(members).tolist()
         due += share * len(order)
-        take = min(int(due), len(order) - 3) if due >= 3 and len(order) >= 6 else 0
+        take = min(int(due), len(order) // 2) if due >= 6 and len(order) >= 6 else 0
         due -= take
         splits["val"][label], splits["trn"][label] = order[:take], order[take:]
     return splits
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The tree on disk: SC-ImageNet as the authors' CATs and DHPF read it
-
-
-def plain_names(names: list[str]) -> list[str]:
-    """Names without '-', ':', glob characters, spaces or anything but letters, digits, '_' and '.'; all different."""
-    found: list[str] = []
-    taken = set()
-    for name in names:
-        plain = new = re.sub(r"[^A-Za-z0-9_.]+", "_", name) or "_"
-        number = 2
-        while new in taken:
-            new, number = f"{plain}_{number}", number + 1
-        taken.add(new)
-        found.append(new)
-    return found
-
-
-def image_names(images: data.ImageSet) -> list[tuple[str, str]]:
-    """(category, id) of every image: its file in the tree is <category>/<category>_<id>.JPEG, ImageNet's own naming."""
-    categories, ids = plain_names(images.classes), {}
-    for label, name in enumerate(images.classes):
-        members = [i for i, of in enumerate(images.labels) if of == label]
-        ids |= dict(zip(members, plain_names([images.paths[i].stem.removeprefix(f"{name}_") for i in members])))
-    return [(categories[label], ids[i]) for i, label in enumerate(images.labels)]
-
-
-def annotation(pair: dict, number: int, sides: tuple[dict, dict], names: list[tuple[str, str]]) -> tuple[str, dict]:
-    """A pair's id and its record in SPair-71k's form, with the loop error of every match (source pixels) added."""
-    (category, src), (_, trg) = (names[pair[side]] for side in ("src", "trg"))
-    name = f"{number:06d}-{src}-{trg}:{category}"
-    record: dict = {"pair_id": number, "filename": name, "category": category}
-    for side, image, ident in (("src", sides[0], src), ("trg", sides[1], trg)):
-        record |= {
-            f"{side}_imname": f"{category}_{ident}.JPEG",
-            f"{side}_imsize": [*image["size"], 3],
-            f"{side}_bndbox": image["box"],
-            f"{side}_pose": "Unspecified",
-            f"{side}_kps": pair[f"{side}_kps"],
-        }
-    x0, y0, x1, y1 = sides[0]["box"]
-    record |= {"kps_ids": [str(k) for k in range(len(pair["errors"]))]}
-    record |= dict.fromkeys(("mirror", "viewpoint_variation", "scale_variation", "truncation", "occlusion"), 0)
-    return name, record | {"loop_error": [round(e * max(x1 - x0, y1 - y0), 2) for e in pair["errors"]]}
-
-
-def place_image(images: data.ImageSet, index: int, path: Path, how: str) -> None:
-    """Link or copy an image into the tree; drawn ones are saved. The original is never touched."""
-    if isinstance(images, data.Shapes):
-        images.load(index)[0].save(path, "JPEG", quality=95)
-    elif how == "copy":
-        shutil.copyfile(images.paths[index], path)
-    else:
-        path.symlink_to(images.paths[index].resolve())
-
-
-def write_tree(out: Path, images: data.ImageSet, records, how: str) -> None:
-    """Write OUT/SC-ImageNet (and its second name SC-IMAGENET, which DHPF wants) from the records of pair shards.
-
-    Written under a temporary name and put in place as a whole; OSError leaves an earlier tree as it was.
-    """
-    final, temporary = out / "SC-ImageNet", out / "SC-ImageNet.tmp"
-    names, placed = image_names(images), {}
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        for split in ("trn", "val"):
-            (temporary / "PairAnnotation" / split).mkdir(parents=True)
-        (temporary / "JPEGImages").mkdir()
-        (temporary / "Layout" / "large").mkdir(parents=True)
-        lines: dict[str, list[str]] = {"trn": [], "val": []}
-        number = 0
-        for record in records:
-            for pair in record["pairs"]:
-                if not pair["kept"]:
-                    continue
-                number += 1
-                name, text = annotation(pair, number, tuple(record["images"][str(pair[x])] for x in ("src", "trg")), names)
-                (temporary / "PairAnnotation" / record["split"] / f"{name}.json").write_text(json.dumps(text))
-                lines[record["split"]].append(f"{name}\n")
-                for i in (pair["src"], pair["trg"]):
-                    if i not in placed:
-                        category, ident = names[i]
-                        placed[i] = path = temporary / "JPEGImages" / category / f"{category}_{ident}.JPEG"
-                        path.parent.mkdir(exist_ok=True)
-                        place_image(images, i, path, how)
-        for split, found in lines.items():
-            (temporary / "Layout" / "large" / f"{split}.txt").write_text("".join(found))
-        origin = {f"{a}_{b}.JPEG": str(images.paths[i]) for i, (a, b) in enumerate(names) if i in placed}
-        write_whole(out / "names.json", json.dumps(origin, indent=0))
-        old = out / "SC-ImageNet.old"
-        if final.exists():
-            final.rename(old)
-        temporary.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-        if not (out / "SC-IMAGENET").exists():
-            (out / "SC-IMAGENET").symlink_to("SC-ImageNet")
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"cannot write the label set: {error}; the shards are kept, the same command goes on") from None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Pictures, precision, summary
 
 
-def draw_pair(images: data.ImageSet, pair: dict, cap: float) -> Image.Image:
-    """A pair with its matches, from green (the loops close) over yellow to red (they end `cap` of the box away)."""
-    colours = [tuple(Image.new("HSV", (1, 1), (int(85 * (1 - min(e / cap, 1))), 230, 240)).convert("RGB").getpixel((0, 0)))
-               for e in pair["errors"]]
-    points = (torch.tensor(pair[f"{side}_kps"]) for side in ("src", "trg"))
-    view = draw_matches(*(images.load(pair[side])[0] for side in ("src", "trg")), *points, height=160, colours=colours)
-    page = Image.new("RGB", (view.width, view.height + 14), "white")
-    page.paste(view, (0, 14))
-    name = images.classes[images.labels[pair["src"]]]
-    ImageDraw.Draw(page).text((2, 1), f"{name}  loop error {100 * pair['score']:.1f} %", fill="black")
-    return page
-
-
-def picture_page(views: list[Image.Image], width: int = 1400) -> Image.Image:
-    """Pictures of one height set in rows."""
-    places, x, y = [], 0, 0
-    step = max(view.height for view in views) + 4
-    for view in views:
-        if x and x + view.width > width:
-            x, y = 0, y + step
-        places.append((x, y))
-        x += view.width + 8
-    page = Image.new("RGB", (width, y + step), "white")
-    for view, place in zip(views, places):
-        page.paste(view, place)
-    return page
-
-
-def draw_histograms(errors: dict[str, list[float]], kept: dict[str, list[float]], cap: float) -> Image.Image:
-    """A histogram of the images' errors (0 to `cap`) for every class, the best class first; kept images green."""
-    views = []
-    for name in sorted(errors, key=lambda n: np.mean(errors[n])):
-        view = Image.new("RGB", (168, 76), "white")
-        draw = ImageDraw.Draw(view)
-        every, best = (np.histogram(e[name], 20, (0, cap))[0] for e in (errors, kept))
-        for k, (n, m) in enumerate(zip(every * 50 / every.max(), best * 50 / every.max())):
-            draw.rectangle((4 + 8 * k, 72 - n, 10 + 8 * k, 72), fill=(190, 190, 200))
-            draw.rectangle((4 + 8 * k, 72 - m, 10 + 8 * k, 72), fill=(40, 170, 70))
-        draw.line((2, 73, 166, 73), fill="black")
-        draw.text((4, 2), f"{name[:17]}  {100 * np.mean(errors[name]):.1f} %", fill="black")
-        views.append(view)
-    return picture_page(views)
-
-
-def draw_pages(out: Path, images: data.ImageSet, folders: dict[str, Path], entries: list[tuple], cfg: LabelConfig) -> None:
+def draw_pages(out: Path, images: data.ImageSet, entries: list[tuple], cfg: LabelConfig) -> None:
     """Pictures in OUT/drawn: the best, the worst and any kept pairs, and the worst that were not kept.
 
-    entries: (kind, score, step, shard, place) of every pair there is.
+    entries: (kind, score, step, shard, place) of every pair there is; kind is "kept", "dropped pairs" or "dropped
+    images".
     """
+
     def load(some: list[tuple]) -> list[dict]:
-        shards = ((place, json.loads((folders[step] / f"{k:06d}.json").read_text())) for _, _, step, k, place in some)
-        return [shard["pairs"][place] for place, shard in shards]
+        return [read_shard(out / "work" / step, shard)["pairs"][place] for _, _, step, shard, place in some]
 
     of = {kind: sorted(e for e in entries if e[0] == kind) for kind in ("kept", "dropped pairs", "dropped images")}
     any_order = np.random.default_rng(0).permutation(len(of["kept"]))[: cfg.draw]
@@ -630,7 +484,7 @@ def draw_pages(out: Path, images: data.ImageSet, folders: dict[str, Path], entri
         path = out / "drawn" / f"{name}.jpg"
         path.unlink(missing_ok=True)
         if some:
-            picture_page([draw_pair(images, pair, cfg.cap) for pair in load(some)]).save(path, quality=85)
+            picture_page([draw_pair(images, pair) for pair in load(some)]).save(path, quality=85)
 
 
 def precision(images: data.Shapes, pair: dict) -> list[bool]:
@@ -642,9 +496,25 @@ def precision(images: data.Shapes, pair: dict) -> list[bool]:
     return correct_points(found, truth, max(x1 - x0, y1 - y0), (0.1,))[:, 0].tolist()
 
 
-def quantiles(values) -> list[float]:
+def precision_table(judged: list[tuple[str, float, bool]], cap: float) -> dict[str, list]:
+    """Share of right matches in per cent, and their number, by kind and, of kept ones, by quarters of the loop error.
+
+    judged: (kind, loop error, right) of every match.
+    """
+    rows = {
+        kind: [right for what, _, right in judged if what == kind]
+        for kind in ("kept", "dropped pairs", "dropped images")
+    }
+    edges = np.linspace(0, cap if math.isfinite(cap) else 1, 5)
+    for low, high in zip(edges, edges[1:]):
+        name = f"kept, loop error {100 * low:.1f} to {100 * high:.1f} %"
+        rows[name] = [right for what, error, right in judged if what == "kept" and low <= error <= high]
+    return {name: [round(100 * float(np.mean(some)), 1), len(some)] for name, some in rows.items() if some}
+
+
+def quantiles(values: list[float]) -> list[float]:
     """Minimum, quartiles and maximum."""
-    return [round(float(v), 4) for v in np.quantile(list(values), (0, 0.25, 0.5, 0.75, 1))] if len(values) else []
+    return [round(float(v), 4) for v in np.quantile(values, (0, 0.25, 0.5, 0.75, 1))] if values else []
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -666,210 +536,274 @@ class PhotoSet(CliqueSet):
         return {"found": found, "skipped": skipped}
 
 
-def label(cfg: LabelConfig) -> dict:
-    """Label a data set as configured; writes OUT/SC-ImageNet, names.json, summary.json and pictures; returns the summary."""
-    out, worker, device = Path(cfg.out), Worker(cfg), find_device(cfg.device)
-    saliency = {"saliency": "attention" if cfg.saliency == "attention" else "none"}
-    cascade = load_cascade(cfg.checkpoint, cfg.weights, device, **saliency, **({"size": cfg.size} if cfg.size else {}))
-    if cascade.cfg.stages == 2:
-        raise ValueError(f"{cfg.checkpoint} ends with the region stage, which has no volume of whole images to label with")
-    size, patch = cascade.cfg.size, cascade.backbone.patch
-    maps = None if cfg.saliency in ("auto", "attention", "none") else cfg.saliency
-    if cfg.dataset == "shapes":
-        images = data.Shapes("train", cfg.saliency == "auto")
-    else:
-        images = data.class_folders(cfg.root, maps)
-    chosen = read_names(cfg.keep_classes, images.classes) if cfg.keep_classes else set(images.classes)
-    chosen -= read_names(cfg.drop_classes, images.classes) if cfg.drop_classes else set()
-    members = {k: [i for i, of in enumerate(images.labels) if of == k] for k, n in enumerate(images.classes) if n in chosen}
-    skipped: dict[int, str] = {}
-    out.mkdir(parents=True, exist_ok=True)
+class Labeller:
+    """The steps of a run, in the paper's order. Every process goes through all of them; shards are shared out."""
 
-    # What shards depend on; a path alone changes nothing.
-    listing = "\n".join(f"{k}/{images.paths[i].name}" for k, some in members.items() for i in some)
-    base = {"images": hashlib.sha256(listing.encode()).hexdigest()[:16]}
-    boxes: dict[int, list[int]] = {}
-    use_detector = cfg.detector or cfg.detector_weights is not None
-    if use_detector:
-        chunks = split_cliques([i for some in members.values() for i in some], 16)
-        detector = load_detector(cfg.detector_weights, device)
+    def __init__(self, cfg: LabelConfig) -> None:
+        check(cfg)
+        self.cfg, self.processes, self.device = cfg, Processes(), find_device(cfg.device)
+        overrides = {"saliency": "attention" if cfg.saliency == "attention" else "none"}
+        overrides |= {"size": cfg.size} if cfg.size else {}
+        self.cascade = load_cascade(cfg.checkpoint, cfg.weights, self.device, **overrides)
+        if self.cascade.cfg.stages == 2:
+            raise ValueError(f"{cfg.checkpoint} ends with the region stage, which has no volume of whole images")
+        maps = None if cfg.saliency in ("auto", "attention", "none") else cfg.saliency
+        if cfg.dataset == "shapes":
+            self.images = data.Shapes("train", cfg.saliency == "auto")
+        else:
+            self.images = data.class_folders(cfg.root, maps)
+        names = self.images.classes
+        chosen = read_names(cfg.keep_classes, names) if cfg.keep_classes else set(names)
+        chosen -= read_names(cfg.drop_classes, names) if cfg.drop_classes else set()
+        every = self.images.members()
+        self.members = {k: some for k, (name, some) in enumerate(zip(names, every)) if name in chosen}
+        self.skipped: dict[int, str] = {}  # unreadable images and why
+        self.boxes: dict[int, list[int]] = {}  # a detector's
+        # What shards depend on grows from step to step. Folders may move; the names in them may not change.
+        listing = "\n".join(f"{names[k]}/{self.images.paths[i].name}" for k, some in self.members.items() for i in some)
+        self.settings = {
+            "images": hashlib.sha256(listing.encode()).hexdigest()[:16],
+            "detector": cfg.detector or cfg.detector_weights is not None,
+        }
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
 
-        def detect(number: int, item: dict) -> dict:
-            found = {}
+    def shards(self, step: str, items: Dataset, costs: list[int], unit: str, make) -> list[dict]:
+        """Make what is missing of a step; returns its records, read one at a time."""
+        folder = Path(self.cfg.out) / "work" / step
+        self.processes.shards(folder, self.settings, items, costs, unit, make, self.cfg.workers)
+        return (read_shard(folder, number) for number in range(len(costs)))
+
+    def clique_set(self, groups: list[list[int]]) -> CliqueSet:
+        return CliqueSet(self.images, groups, self.cascade.cfg.size, self.cascade.backbone.patch)
+
+    def clique(self, item: dict) -> tuple[Clique | None, list[int]]:
+        return build_clique(self.cascade, item, self.boxes, self.cfg.amp)
+
+    def maps(self, clique: Clique, matched: bool = False) -> tuple[Tensor, Tensor | None]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda" and self.cfg.amp):
+            return clique_maps(self.cascade, clique.feats, self.cfg.batch, matched)
+
+    def detect(self) -> None:
+        """Single instances: images with exactly one object over 0.9, and its box (section 3.5)."""
+        if not self.settings["detector"]:
+            return
+        chunks = split_cliques([i for some in self.members.values() for i in some], 16)
+        detector = load_detector(self.cfg.detector_weights, self.device)
+
+        @torch.no_grad()
+        def make(number: int, item: dict) -> dict:
+            boxes = {}
             for i, photo in item["found"]:
-                result = detector([photo.to(device)])[0]
-                box = single_box(result["scores"].cpu(), result["boxes"].cpu(), (photo.shape[2], photo.shape[1]))
-                if box:
-                    found[i] = box
-            return {"boxes": found, "skipped": item["skipped"]}
+                result = detector([photo.to(self.device)])[0]
+                boxes[i] = single_box(result["scores"].cpu(), result["boxes"].cpu(), (photo.shape[2], photo.shape[1]))
+            return {"boxes": {i: box for i, box in boxes.items() if box}, "skipped": item["skipped"]}
 
-        with torch.no_grad():
-            folder = worker.shards("detector", base, PhotoSet(images, chunks, size, patch), len(chunks), detect,
-                                   lambda k: len(chunks[k]), " images")
-        for record in read_shards(folder, len(chunks)):
-            boxes |= {int(i): box for i, box in record["boxes"].items()}
-            skipped |= {i: text for i, text in record["skipped"]}
-        members = {k: [i for i in some if i in boxes] for k, some in members.items()}
-        worker.say(f"{len(boxes)} images with exactly one object over 0.9")
-        del detector
+        items = PhotoSet(self.images, chunks, 0, 1)
+        for record in self.shards("detector", items, [len(chunk) for chunk in chunks], "images", make):
+            self.boxes |= {int(i): box for i, box in record["boxes"].items()}
+            self.skipped |= dict(record["skipped"])
+        self.members = {k: [i for i in some if i in self.boxes] for k, some in self.members.items()}
+        self.processes.say(f"{len(self.boxes)} images with exactly one object over 0.9")
 
-    # Closed loops in cliques of one class.
-    usable = {k: some for k, some in members.items() if len(some) >= 3}
-    for k in members.keys() - usable.keys():
-        worker.say(f"class {images.classes[k]}: {len(members[k])} usable images, a loop needs 3; left out")
-    cliques = []
-    for k, some in usable.items():
-        order = np.random.default_rng((cfg.seed, 0, k)).permutation(some).tolist()
-        cliques += split_cliques(order, cfg.clique)
-    if not cliques:
-        raise ValueError("no class has three usable images" + (f"; the first: {min(skipped.values())}" if skipped else ""))
+    def measure(self) -> None:
+        """Closed loops in cliques of every class: the error of every image and how many loops it is the mean of."""
+        cfg = self.cfg
+        self.settings |= {name: getattr(cfg, name) for name in ("saliency", "loops", "cap", "seed")}
+        digest = hashlib.sha256(Path(cfg.checkpoint).read_bytes()).hexdigest()
+        self.settings |= {"checkpoint": digest[:16], "size": self.cascade.cfg.size}
+        cliques = []
+        for k, some in self.members.items():
+            if len(some) < 3:
+                self.processes.say(f"class {self.images.classes[k]}: {len(some)} images, a loop needs 3; left out")
+                continue
+            order = np.random.default_rng((cfg.seed, 0, k)).permutation(some).tolist()
+            cliques += split_cliques(order, cfg.clique)
 
-    def measure(number: int, item: dict) -> dict:
-        clique, empty = build_clique(cascade, item, boxes, cfg.amp)
-        record = {"skipped": item["skipped"], "empty": empty, "errors": {}, "loops": 0, "volumes": 0}
-        if clique:
-            n = len(clique.index)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and cfg.amp):
-                found, _ = clique_maps(cascade, clique.feats, cfg.batch)
-            errors = image_errors(clique, found, cfg.cap)
-            record["errors"] = {i: round(e, 6) for i, e in zip(clique.index, errors)}
-            record |= {"loops": (n - 1) * (n - 2), "volumes": n * (n - 1) // 2}
-        return record
+        def make(number: int, item: dict) -> dict:
+            clique, empty = self.clique(item)
+            record = {"skipped": item["skipped"], "empty": empty, "errors": {}, "loops": 0, "volumes": 0}
+            if clique:
+                n, (maps, _) = len(clique.index), self.maps(clique)
+                errors = image_errors(clique, maps, cfg.cap)
+                record["errors"] = {i: round(e, 6) for i, e in zip(clique.index, errors)}
+                record |= {"loops": (n - 1) * (n - 2), "volumes": math.comb(n, 2)}
+            return record
 
-    def loops_of(number: int) -> int:
-        n = len(cliques[number])
-        return n * (n - 1) * (n - 2)
+        costs = [6 * math.comb(len(some), 3) for some in cliques]
+        self.errors, self.loops, self.empty, self.volumes = {}, {}, set(), 0
+        for record in self.shards("loops", self.clique_set(cliques), costs, "loops", make):
+            self.errors |= {int(i): e for i, e in record["errors"].items()}
+            self.loops |= {int(i): record["loops"] for i in record["errors"]}
+            self.skipped |= dict(record["skipped"])
+            self.empty |= set(record["empty"])
+            self.volumes += record["volumes"]
+        if not self.errors:
+            reason = min(self.skipped.values()) if self.skipped else f"{len(self.empty)} images have no foreground"
+            raise ValueError(f"no class has three usable images: {reason}")
 
-    base |= {name: getattr(cfg, name) for name in ("saliency", "loops", "cap", "seed")}
-    base |= {"checkpoint": hashlib.sha256(Path(cfg.checkpoint).read_bytes()).hexdigest()[:16]}
-    base |= {"size": size, "detector": use_detector}
-    start = time.perf_counter()
-    folder = worker.shards("loops", base, CliqueSet(images, cliques, size, patch), len(cliques), measure, loops_of, " loops")
-    seconds = time.perf_counter() - start
-    errors, loops, empty, totals = {}, {}, set(), [0, 0]
-    for record in read_shards(folder, len(cliques)):
-        errors |= {int(i): e for i, e in record["errors"].items()}
-        loops |= {int(i): record["loops"] for i in record["errors"]}
-        skipped |= {i: text for i, text in record["skipped"]}
-        empty |= set(record["empty"])
-        totals = [totals[0] + record["loops"] * len(record["errors"]), totals[1] + record["volumes"]]
-    worker.say(f"{totals[0]:,} closed loops of {len(errors)} images from {totals[1]:,} volumes; this run: {seconds:.0f} s")
-    if not errors:
-        reason = f"; the first: {min(skipped.values())}" if skipped else "; no image has a foreground"
-        raise ValueError(f"no clique of three usable images{reason}")
+    def pair(self) -> None:
+        """Pairs of kept images in new cliques; to be looked at, also of dropped ones."""
+        cfg, names = self.cfg, self.images.classes
+        chosen = ("drop_worst", "keep", "keep_by", "pairs", "points", "fewest", "val")
+        self.settings |= {name: getattr(cfg, name) for name in chosen}
+        self.kept, self.worst = select_images(self.errors, self.images.labels, cfg)
+        for k, some in self.kept.items():
+            if len(some) < 3:
+                self.processes.say(f"class {names[k]}: {len(some)} images kept, a loop needs 3; left out")
+        size = 2 * cfg.pairs + 2  # such a clique has half a pair an image more than are wanted
+        self.groups = {"pairs": [], "dropped": []}
+        for split, classes in split_images(self.kept, cfg.val, cfg.seed).items():
+            for k, some in classes.items():
+                self.groups["pairs"] += [(split, k, g) for g in split_cliques(some, size) if len(g) >= 3]
+        if not self.groups["pairs"]:
+            raise ValueError(f"--keep {cfg.keep} leaves no class three images; keep more, or choose with --keep-by all")
+        if self.truth or cfg.draw:
+            best = {i for some in self.kept.values() for i in some}
+            for k, some in self.members.items():
+                rest = split_cliques([i for i in some if i in self.errors and i not in best], size)
+                # of photographs, one clique a class shows enough
+                self.groups["dropped"] += [("dropped", k, g) for g in rest[: None if self.truth else 1] if len(g) >= 3]
+        for step, groups in self.groups.items():
 
-    # Images, then pairs of them.
-    kept, worst = select_images(errors, images.labels, cfg)
-    groups = [(split, k, group) for split, some in split_images(kept, cfg.val, cfg.seed).items()
-              for k, found in some.items() if len(found) >= 3 for group in split_cliques(found, 2 * cfg.pairs + 2)]
-    for k, found in kept.items():
-        if len(found) < 3:
-            worker.say(f"class {images.classes[k]}: {len(found)} of {len(usable[k])} images kept, no loops; left out")
-    if not groups:
-        raise ValueError(f"--keep {cfg.keep} keeps fewer than three images of every class; keep more, or --keep-by all")
+            def make(number: int, item: dict, groups=groups) -> dict:
+                split, k, _ = groups[number]
+                clique, _ = self.clique(item)
+                record = {"split": split, "class": k, "images": {}, "pairs": [], "volumes": 0}
+                if clique:
+                    n = len(clique.index)
+                    pairs = pair_matches(clique, *self.maps(clique, matched=True), cfg)
+                    for rank, pair in enumerate(sorted(pairs, key=lambda p: p["score"])):
+                        pair |= {"src": clique.index[pair["src"]], "trg": clique.index[pair["trg"]]}
+                        record["pairs"].append(pair | {"kept": split != "dropped" and rank < cfg.pairs * n})
+                    frames = zip(clique.index, clique.sizes, clique.boxes)
+                    record["images"] = {i: {"size": size, "box": box} for i, size, box in frames}
+                    record["volumes"] = math.comb(n, 2)
+                return record
 
-    def pair_up(split: str, label: int, item: dict) -> dict:
-        clique, _ = build_clique(cascade, item, boxes, cfg.amp)
-        record = {"split": split, "class": label, "images": {}, "pairs": [], "volumes": 0, "possible": 0}
-        if clique:
-            n = len(clique.index)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and cfg.amp):
-                found, partners = clique_maps(cascade, clique.feats, cfg.batch, matched=True)
-            pairs = sorted(pair_matches(clique, found, partners, cfg), key=lambda p: p["score"])
-            for k, pair in enumerate(pairs):
-                pair |= {"src": clique.index[pair["src"]], "trg": clique.index[pair["trg"]]}
-                pair["kept"] = split != "dropped" and k < cfg.pairs * n
-            frames = zip(clique.index, clique.sizes, clique.boxes)
-            record["images"] = {i: {"size": size, "box": box} for i, size, box in frames}
-            record |= {"pairs": pairs, "volumes": n * (n - 1) // 2, "possible": n * (n - 1) // 2}
-        return record
+            costs = [math.comb(len(group), 2) for *_, group in groups]
+            for record in self.shards(step, self.clique_set([g for *_, g in groups]), costs, "pairs", make):
+                self.volumes += record["volumes"] if step == "pairs" else 0
 
-    base |= {name: getattr(cfg, name) for name in ("drop_worst", "keep", "keep_by", "pairs", "points", "fewest", "val")}
-    steps = {"pairs": groups}
-    truth = isinstance(images, data.Shapes)
-    if truth or cfg.draw:  # what was dropped, to look at: never written to the label set
-        rest = {k: [i for i in usable[k] if i in errors and i not in kept.get(k, [])] for k in usable}
-        some = [("dropped", k, group) for k, found in rest.items() if len(found) >= 3
-                for group in split_cliques(found, 2 * cfg.pairs + 2)[: None if truth else 1]]
-        steps["dropped"] = some if truth else some[:: max(1, len(some) // 20)]
-    folders, start = {}, time.perf_counter()
-    for step, some in steps.items():
-        folders[step] = worker.shards(step, base, CliqueSet(images, [g for *_, g in some], size, patch), len(some),
-                                      lambda k, item, some=some: pair_up(*some[k][:2], item),
-                                      lambda k, some=some: math.comb(len(some[k][2]), 2), " pairs")
-    seconds = time.perf_counter() - start
-    if worker.rank:
-        return {}
+    @property
+    def truth(self) -> bool:
+        """Whether the true partner of any point is known."""
+        return isinstance(self.images, data.Shapes)
 
-    # Merging, by one process.
-    write_tree(out, images, read_shards(folders["pairs"], len(groups)), cfg.images)
-    entries, by_class, judged, volumes, possible = [], {}, [], 0, 0
-    for step, some in steps.items():
-        for number, record in enumerate(read_shards(folders[step], len(some))):
-            row = by_class.setdefault(images.classes[record["class"]], {"trn": 0, "val": 0, "points": 0, "used": set()})
-            volumes += record["volumes"]
-            possible += record["possible"] if step == "pairs" else 0
-            for place, pair in enumerate(record["pairs"]):
-                kind = "kept" if pair["kept"] else "dropped images" if step == "dropped" else "dropped pairs"
-                entries.append((kind, pair["score"], step, number, place))
-                if kind == "kept":
-                    row[record["split"]] += 1
-                    row["points"] += len(pair["errors"])
-                    row["used"] |= {pair["src"], pair["trg"]}
-                if truth:
-                    judged += [(kind, e, right) for e, right in zip(pair["errors"], precision(images, pair))]
-    scores = [e[1] for e in entries if e[0] == "kept"]
-    table = {}
-    for k, name in enumerate(images.classes):
-        mine = [i for i in errors if images.labels[i] == k]
-        row = by_class.get(name, {"trn": 0, "val": 0, "points": 0, "used": set()})
-        table[name] = {
-            "images": images.labels.count(k),
-            "measured": len(mine),
-            "loops_an_image": min((loops[i] for i in mine), default=0),
-            "error": round(float(np.mean([errors[i] for i in mine])), 4) if mine else None,
-            "kept": len(kept.get(k, [])),
-            "used": len(row["used"]),
-            "pairs_trn": row["trn"],
-            "pairs_val": row["val"],
-            "points": row["points"],
+    def merge(self) -> dict:
+        """The label set from the shards of pairs, its summary and its pictures, by one process."""
+        cfg, out, names = self.cfg, Path(self.cfg.out), self.images.classes
+        data.write_label_tree(
+            out, self.images, (read_shard(out / "work/pairs", k) for k in range(len(self.groups["pairs"]))), cfg.images
+        )
+        entries, judged, rows = [], [], {}
+        for k, (name, members) in enumerate(zip(names, self.images.members())):
+            mine = [i for i in members if i in self.errors]
+            rows[name] = {
+                "images": len(members),
+                "measured": len(mine),
+                "loops": min((self.loops[i] for i in mine), default=0),
+                "error": round(float(np.mean([self.errors[i] for i in mine])), 4) if mine else None,
+                "kept": len(self.kept.get(k, [])),
+            } | dict.fromkeys(("trn", "val", "points"), 0)
+        for step, groups in self.groups.items():
+            for number in range(len(groups)):
+                record = read_shard(out / "work" / step, number)
+                for place, pair in enumerate(record["pairs"]):
+                    kind = "kept" if pair["kept"] else "dropped images" if step == "dropped" else "dropped pairs"
+                    entries.append((kind, pair["score"], step, number, place))
+                    if kind == "kept":
+                        rows[names[record["class"]]][record["split"]] += 1
+                        rows[names[record["class"]]]["points"] += len(pair["errors"])
+                    if self.truth:
+                        judged += [(kind, *both) for both in zip(pair["errors"], precision(self.images, pair))]
+        summary = {
+            "config": dataclasses.asdict(cfg) | {"size": self.cascade.cfg.size},
+            "images": {
+                "seen": len(self.images),
+                "unreadable": len(self.skipped),
+                "without_foreground": len(self.empty),
+                "measured": len(self.errors),
+                "kept": sum(row["kept"] for row in rows.values()),
+            },
+            "loops": sum(self.loops.values()),
+            "volumes": self.volumes,
+            "pairs": {split: sum(row[split] for row in rows.values()) for split in ("trn", "val")},
+            "points": sum(row["points"] for row in rows.values()),
+            "image_error_quantiles": quantiles(list(self.errors.values())),
+            "pair_error_quantiles": quantiles([score for kind, score, *_ in entries if kind == "kept"]),
+            "unreadable": sorted(self.skipped.values()),
+            "worst_classes": sorted(names[k] for k in self.worst),
+            "classes": rows,
         }
-    used = {i for row in by_class.values() for i in row["used"]}
-    summary = {
-        "config": dataclasses.asdict(cfg) | {"size": size},
-        "box": "detector" if use_detector else "foreground",
-        "foreground": cfg.saliency if maps or cfg.saliency == "attention" else ("silhouettes" if images.__dict__.get("use_saliency") else "everything"),
-        "images": {
-            "seen": len(images), "unreadable": len(skipped), "without_foreground": len(empty), "measured": len(errors),
-            "kept": sum(map(len, kept.values())), "used": len(used),
-        },
-        "classes_dropped": sorted(set(images.classes) - chosen), "classes_worst": [images.classes[k] for k in sorted(worst)],
-        "loops": totals[0], "volumes": totals[1] + volumes,
-        "pairs": {"trn": sum(r["pairs_trn"] for r in table.values()), "val": sum(r["pairs_val"] for r in table.values()),
-                  "possible": possible},
-        "points": sum(r["points"] for r in table.values()),
-        "error_quantiles": {"images": quantiles(list(errors.values())), "kept_pairs": quantiles(scores)},
-        "unreadable": sorted(skipped.values())[:20],
-        "classes": table,
+        if self.truth:
+            summary["precision"] = precision_table(judged, cfg.cap)
+        data.write_whole(out / "summary.json", json.dumps(summary, indent=1))
+        if cfg.draw:
+            draw_pages(out, self.images, entries, cfg)
+            best = {i for some in self.kept.values() for i in some}
+            histograms = []
+            for some in (self.errors.keys(), best):
+                lists = {name: [] for name in rows if rows[name]["measured"]}
+                for i in some:
+                    lists[names[self.images.labels[i]]].append(self.errors[i])
+                histograms.append(lists)
+            draw_histograms(*histograms).save(out / "drawn" / "errors.png")
+        return summary
+
+
+def check(cfg: LabelConfig) -> None:
+    """ValueError, in one line, for options that cannot be."""
+    if not cfg.checkpoint:
+        raise ValueError("give --checkpoint FILE, written by train.py")
+    for name, known in (("dataset", ("shapes", "folder")), ("keep_by", ("class", "all")), ("images", ("link", "copy"))):
+        if getattr(cfg, name) not in known:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {' or '.join(known)}")
+    limits = {"loops": (2, 10**6), "cap": (0, math.inf), "keep": (0, 1), "drop_worst": (0, 1), "val": (0, 0.5)}
+    limits |= {
+        "pairs": (1, 1000),
+        "points": (1, 40),
+        "fewest": (1, cfg.points),
+        "batch": (1, 10**6),
+        "draw": (0, 10**6),
     }
-    if truth:
-        summary["precision"] = {
-            kind: [round(100 * float(np.mean(some)), 1), len(some)]
-            for kind in ("kept", "dropped pairs", "dropped images") if (some := [r for what, _, r in judged if what == kind])
-        }
-        edges = np.linspace(0, cfg.cap, 5)
-        summary["precision"]["kept, by loop error"] = {
-            f"{100 * a:.1f} to {100 * b:.1f} %": [round(100 * float(np.mean(some)), 1), len(some)] for a, b in zip(edges, edges[1:])
-            if (some := [r for what, e, r in judged if what == "kept" and a <= e < b])
-        }
-    write_whole(out / "summary.json", json.dumps(summary, indent=1))
-    if cfg.draw:
-        draw_pages(out, images, folders, entries, cfg)
-        best = {i for some in kept.values() for i in some}
-        named = {name: [i for i in errors if images.labels[i] == k] for k, name in enumerate(images.classes)}
-        histograms = [{n: [errors[i] for i in some if i in best or every] for n, some in named.items() if some}
-                      for every in (True, False)]
-        draw_histograms(*histograms, cfg.cap).save(out / "drawn" / "errors.png")
+    for name, (low, high) in limits.items():
+        if not low <= getattr(cfg, name) <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: from {low} to {high}")
+    if bad := set("[]*?") & set(str(Path(cfg.out).resolve())):
+        raise ValueError(f"--out {cfg.out}: the loaders of label sets glob, so no {min(bad)} may be in the path")
+
+
+def print_summary(summary: dict, out: str) -> None:
+    """The summary in a dozen lines, and one a class."""
+    print(f"{'class':24s}{'images':>8s}{'loops':>8s}{'error %':>9s}{'kept':>7s}{'trn':>8s}{'val':>7s}{'points':>9s}")
+    for name, row in summary["classes"].items():
+        error = "-" if row["error"] is None else f"{100 * row['error']:.1f}"
+        counts = f"{row['kept']:7d}{row['trn']:8d}{row['val']:7d}{row['points']:9d}"
+        print(f"{name[:23]:24s}{row['measured']:8d}{row['loops']:8d}{error:>9s}{counts}")
+    print("images: " + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in summary["images"].items()))
+    for text in summary["unreadable"][:5]:
+        print(f"    {text}", file=sys.stderr)
+    pairs = sum(summary["pairs"].values())
+    print(f"{summary['loops']:,} closed loops and {pairs:,} pairs from {summary['volumes']:,} volumes")
+    for name in ("image", "pair"):
+        values = " ".join(f"{100 * v:.1f}" for v in summary[f"{name}_error_quantiles"])
+        print(f"{name} errors, minimum, quartiles and maximum, in % of the box: {values}")
+    for kind, (share, count) in summary.get("precision", {}).items():
+        print(f"right within a tenth of the box, {kind}: {share} % of {count:,} matches")
+    trn, val = summary["pairs"].values()
+    print(
+        f"{out}/SC-ImageNet: {trn:,} trn and {val:,} val pairs, {summary['points'] / max(pairs, 1):.1f} points a pair"
+    )
+
+
+def label(cfg: LabelConfig) -> dict:
+    """Label a data set: writes OUT/SC-ImageNet, names.json, summary.json and pictures; returns the summary."""
+    run = Labeller(cfg)
+    run.detect()
+    run.measure()
+    run.pair()
+    summary = run.merge() if run.processes.rank == 0 else {}
+    run.processes.wait()
     return summary
 
 
@@ -879,9 +813,8 @@ def main() -> None:
     )
     add_options(parser, LabelConfig)
     cfg = LabelConfig(**vars(parser.parse_args()))
-    summary = label(cfg)
-    if summary:
-        print(json.dumps({k: v for k, v in summary.items() if k not in ("config", "classes")}, indent=1))
+    if summary := label(cfg):
+        print_summary(summary, cfg.out)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -891,3 +824,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on where it was")

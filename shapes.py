@@ -428,23 +428,21 @@ def corresponding_points(src: dict, trg: dict, points: np.ndarray) -> np.ndarray
     that part's polygon, even if something hides it in the target. A point that no part covers, such as one on an
     outline, moves with the nearest place on any part's boundary.
     """
-    found = []
-    for z in np.asarray(points, dtype=float) @ (1, 1j):
-        nearest = (np.inf, z)
-        for ours, theirs in zip(reversed(src["parts"]), reversed(trg["parts"])):
-            spokes, edges = ours - z, np.roll(ours, -1) - ours
-            along = np.clip(-(spokes * edges.conj()).real / np.maximum(abs(edges) ** 2, 1e-12), 0, 1)
-            distance = abs(spokes + along * edges)              # to each side
-            k = distance.argmin()
-            boundary = theirs[k] + along[k] * (np.roll(theirs, -1) - theirs)[k]
-            nearest = min(nearest, (distance[k], boundary), key=lambda pair: pair[0])
-            if distance[k] < 1e-6:
-                break
-            angles = np.angle(np.roll(spokes, -1) / spokes)     # that each side spans, seen from the point
-            if abs(angles.sum()) > np.pi:                       # it winds around the point
-                half = np.tan(angles / 2)
-                weights = (half + np.roll(half, 1)) / abs(spokes)
-                nearest = (0.0, weights @ theirs / weights.sum())
-                break
-        found.append((nearest[1].real, nearest[1].imag))
-    return np.array(found).reshape(-1, 2)
+    z = np.asarray(points, dtype=float) @ (1, 1j)               # (n,)
+    found, nearest, row = z.copy(), np.full(len(z), np.inf), np.arange(len(z))
+    for ours, theirs in zip(reversed(src["parts"]), reversed(trg["parts"])):
+        spokes, edges = ours - z[:, None], np.roll(ours, -1) - ours
+        along = np.clip(-(spokes * edges.conj()).real / np.maximum(abs(edges) ** 2, 1e-12), 0, 1)
+        distance = abs(spokes + along * edges)                  # (n, sides)
+        side = distance.argmin(1)
+        boundary = theirs[side] + along[row, side] * (np.roll(theirs, -1) - theirs)[side]
+        found = np.where(distance[row, side] < nearest, boundary, found)
+        nearest = np.minimum(nearest, distance[row, side])
+        angles = np.angle(np.roll(spokes, -1, 1) * spokes.conj())       # that each side spans, seen from the point
+        covered = (abs(angles.sum(1)) > np.pi) & (nearest > 1e-6)       # the part winds around the point
+        half = np.tan(angles / 2)
+        weights = (half + np.roll(half, 1, 1)) / np.maximum(abs(spokes), 1e-12)
+        found[covered] = (weights[covered] @ theirs) / weights[covered].sum(1)
+        nearest[nearest <= 1e-6] = 0
+        nearest[covered] = 0                                    # parts behind have no say
+    return np.stack([found.real, found.imag], 1)
