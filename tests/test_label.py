@@ -1,0 +1,343 @@
+"""Closed loops, selection and the pieces of label.py; the tree it writes is read in test_label_tree.py."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import label
+from label import Clique, LabelConfig, clique_maps, closed_loops, follow, image_errors, loop_errors, pair_matches
+from modules import Features, cells_to_xy, kernel_soft_argmax, select_pairs
+from shapes import corresponding_points, draw_shape
+from train import Cascade, Config
+
+CFG = Config(
+    backbone="random_vit8", volume_width=4, volume_heads=1, volume_window=2, ffn_ratio=0.25, saliency_threshold=0.5
+)
+
+
+def random_clique(count: int, h: int = 4, w: int = 6, seed: int = 0) -> tuple[Cascade, Clique]:
+    """A cascade whose volumes are far from the backbone's own, and images of different sizes."""
+    torch.manual_seed(seed)
+    cascade = Cascade(CFG).eval()
+    for p in cascade.pixel.parameters():
+        torch.nn.init.normal_(p, 0, 0.3)
+    saliency = (torch.rand(count, h, w) > 0.3).float()
+    feats = Features(torch.randn(count, h * w, 128), torch.randn(count, 128), saliency)
+    sizes = [(60 + 10 * k, 50 - 3 * k) for k in range(count)]
+    boxes = [(5, 4, 40 + k, 30) for k in range(count)]
+    stride = torch.tensor([[width / w, height / h] for width, height in sizes])
+    side = torch.tensor([float(max(x1 - x0, y1 - y0)) for x0, y0, x1, y1 in boxes])
+    return cascade, Clique(list(range(count)), feats, sizes, boxes, stride, side, saliency.flatten(1) > 0.5)
+
+
+def read_map(table: list, x: float, y: float) -> tuple[float, float]:
+    """A transfer map [y][x] -> (u, v), bilinear between the four cells around (x, y), the border repeated."""
+    h, w = len(table), len(table[0])
+    x, y = min(max(x, 0.0), w - 1.0), min(max(y, 0.0), h - 1.0)
+    x0, y0 = min(int(x), w - 2), min(int(y), h - 2)
+    u = v = 0.0
+    for dy in (0, 1):
+        for dx in (0, 1):
+            weight = (1 - abs(x - x0 - dx)) * (1 - abs(y - y0 - dy))
+            a, b = table[y0 + dy][x0 + dx]
+            u, v = u + weight * a, v + weight * b
+    return u, v
+
+
+def test_clique_errors_equal_those_of_one_loop_at_a_time():
+    cascade, clique = random_clique(5)
+    h, w = clique.feats.grid
+    maps, _ = clique_maps(cascade, clique.feats, batch=3)
+    for cap in (math.inf, 0.15):
+        fast = image_errors(clique, maps, cap)
+        for s in range(5):
+            errors = []
+            for m in range(5):
+                for t in range(5):
+                    if len({s, m, t}) < 3:
+                        continue
+                    tables = []
+                    for a, b in ((s, m), (m, t), (t, s)):  # three volumes a loop
+                        first, second = sorted((a, b))
+                        corr = cascade.volume(
+                            *(Features(*(x[i : i + 1] for x in clique.feats)) for i in (first, second))
+                        )
+                        rows = corr[0] if a == first else corr[0].permute(2, 3, 0, 1)
+                        tables.append(kernel_soft_argmax(rows).tolist())
+                    for n in clique.foreground[s].nonzero()[:, 0].tolist():
+                        x, y = n % w, n // w
+                        for table in tables:
+                            x, y = read_map(table, x, y)
+                        dx, dy = (x - n % w) * clique.sizes[s][0] / w, (y - n // w) * clique.sizes[s][1] / h
+                        errors.append(min(math.hypot(dx, dy) / float(clique.side[s]), cap))
+            assert fast[s] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+
+
+def test_maps_and_partners_of_one_volume_serve_both_directions():
+    cascade, clique = random_clique(4, seed=1)
+    maps, partners = clique_maps(cascade, clique.feats, batch=4, matched=True)
+    h, w = clique.feats.grid
+    for a in range(4):
+        for b in range(a + 1, 4):
+            src, trg = (Features(*(x[i : i + 1] for x in clique.feats)) for i in (a, b))
+            corr = cascade.volume(src, trg)
+            torch.testing.assert_close(maps[a, b], kernel_soft_argmax(corr)[0], atol=1e-4, rtol=1e-4)
+            back = kernel_soft_argmax(corr.permute(0, 3, 4, 1, 2))[0]
+            torch.testing.assert_close(maps[b, a], back, atol=1e-4, rtol=1e-4)
+            pairs = select_pairs(corr, src, trg, cascade.cfg)
+            found = {(int(i), int(j)) for i, j, v in zip(pairs.src[0], pairs.trg[0], pairs.valid[0]) if v}
+            assert found == {(i, int(j)) for i, j in enumerate(partners[a, b]) if j >= 0}
+            assert found == {(int(j), i) for i, j in enumerate(partners[b, a]) if j >= 0}
+            assert all(clique.foreground[a, i] and clique.foreground[b, j] for i, j in found)
+
+
+def test_follow_is_bilinear_and_repeats_the_border():
+    maps = torch.randn(2, 3, 5, 2)
+    points = torch.rand(2, 40, 2) * torch.tensor([8.0, 6.0]) - 1.5
+    places = follow(maps, points)
+    for b in range(2):
+        for (x, y), place in zip(points[b].tolist(), places[b].tolist()):
+            assert place == pytest.approx(read_map(maps[b].tolist(), x, y), abs=1e-4)
+    centres = cells_to_xy(torch.arange(15), 5).expand(2, -1, -1)
+    torch.testing.assert_close(follow(maps, centres), maps.flatten(1, 2), atol=1e-5, rtol=1e-5)
+
+
+def shifted_clique(count: int, h: int, w: int, shift: dict | None = None) -> tuple[Clique, torch.Tensor, torch.Tensor]:
+    """Images whose maps are the identity, but for maps[a, b] moved by shift[a, b] cells; stride 10, boxes of all."""
+    cells = cells_to_xy(torch.arange(h * w), w).view(h, w, 2)
+    maps = cells.expand(count, count, h, w, 2).clone()
+    for ends, by in (shift or {}).items():
+        maps[ends] += torch.tensor(by)
+    sizes, side = [(10 * w, 10 * h)] * count, torch.full((count,), 10.0 * max(h, w))
+    feats = Features(torch.zeros(count, h * w, 1), torch.zeros(count, 1), torch.ones(count, h, w))
+    everything = torch.ones(count, h * w, dtype=torch.bool)
+    boxes = [(0, 0, 10 * w, 10 * h)] * count
+    clique = Clique(list(range(count)), feats, sizes, boxes, torch.full((count, 2), 10.0), side, everything)
+    return clique, maps, torch.arange(h * w).expand(count, count, -1).clone()
+
+
+def test_a_loop_that_ends_two_cells_off_errs_by_two_cells_over_the_box():
+    clique, maps, _ = shifted_clique(3, 5, 8, {(2, 0): (2.0, 0.0)})
+    _, back, real = closed_loops(maps, 0)
+    assert real.tolist() == [[False, False, False], [False, False, True], [False, True, False]]
+    errors = loop_errors(clique, 0, back, math.inf)
+    torch.testing.assert_close(errors[1, 2], torch.full((40,), 20 / 80))  # 0 -> 1 -> 2 -> 0
+    torch.testing.assert_close(errors[2, 1], torch.zeros(40))  # 0 -> 2 -> 1 -> 0
+    torch.testing.assert_close(loop_errors(clique, 0, back, 0.1)[1, 2], torch.full((40,), 0.1))
+    assert image_errors(clique, maps, 0.1)[0] == pytest.approx(0.05)
+
+
+def test_every_pair_is_labelled_once_with_spread_points_and_images_take_turns():
+    clique, maps, partners = shifted_clique(6, 9, 12)
+    pairs = pair_matches(clique, maps, partners, LabelConfig(points=20, batch=4))
+    assert sorted(tuple(sorted((p["src"], p["trg"]))) for p in pairs) == [
+        (a, b) for a in range(6) for b in range(a + 1, 6)
+    ]
+    assert {sum(p["src"] == k for p in pairs) for k in range(6)} == {2, 3}
+    for pair in pairs:
+        assert pair["src_kps"] == pair["trg_kps"] and pair["errors"] == [0.0] * 20 and pair["score"] == 0
+        points = np.array(pair["src_kps"])
+        apart = np.abs(points[:, None] - points).max(-1) + 1e3 * np.eye(20)
+        assert apart.min() >= 20  # two cells of ten pixels: 30 places remain, with three cells only 12
+
+
+def test_matches_that_disagree_leave_the_box_or_their_partner_are_dropped():
+    size = dict(points=40, fewest=1)
+    clique, maps, partners = shifted_clique(5, 6, 6)
+    clique.side[0] = 600  # what counts is the box of 1, of 60 pixels
+    maps[0, 1, 2, 3] += torch.tensor([1.2, 0.0])  # direct transfer and the ways through 2, 3, 4 disagree
+    partners[0, 1, 7] = 9  # selection paired it with a cell two away
+    partners[0, 1, 8] = -1  # selection paired it with none
+    clique.boxes[1] = (0, 0, 50, 60)  # t's box leaves out the last column
+    clique = clique._replace(boxes=clique.boxes[:1] + [(0, 0, 50, 60)] + clique.boxes[2:])
+    (pair,) = (p for p in pair_matches(clique, maps, partners, LabelConfig(**size)) if {p["src"], p["trg"]} == {0, 1})
+    assert (pair["src"], pair["trg"]) == (0, 1)
+    lost = {2 * 6 + 3, 7, 8} | {6 * y + 5 for y in range(6)}
+    cells = {round((y - 4.5) / 10) * 6 + round((x - 4.5) / 10) for x, y in pair["src_kps"]}
+    assert cells == set(range(36)) - lost
+
+
+def test_a_pair_with_too_few_matches_is_left_out():
+    clique, maps, partners = shifted_clique(4, 3, 4)
+    partners[0, 1] = partners[1, 0] = -1
+    partners[0, 1, :5] = torch.arange(5)
+    pairs = pair_matches(clique, maps, partners, LabelConfig(fewest=6))
+    assert len(pairs) == 5 and all({p["src"], p["trg"]} != {0, 1} for p in pairs)
+
+
+def test_matches_are_the_best_by_their_mean_loop_error():
+    clique, maps, partners = shifted_clique(4, 4, 6)
+    maps[1, 0, :, 3:] += torch.tensor(
+        [0.5, 0.0]
+    )  # loops 0 -> m -> 1 -> 0 that end right of column 3 miss by half a cell
+    pairs = pair_matches(clique, maps, partners, LabelConfig(points=12, fewest=1))
+    (pair,) = (p for p in pairs if (p["src"], p["trg"]) == (0, 1))
+    assert max(x for x, _ in pair["src_kps"]) < 30 and pair["errors"] == [0.0] * 12
+    (pair,) = (
+        p for p in pair_matches(clique, maps, partners, LabelConfig(points=24)) if (p["src"], p["trg"]) == (0, 1)
+    )
+    assert sorted(pair["errors"])[::12] == [0.0, pytest.approx(5 / 60, abs=1e-4)]
+
+
+def test_an_image_is_a_single_instance_with_exactly_one_sure_box():
+    boxes = torch.tensor([[10.4, 5.0, 30.2, 28.6], [1.0, 2.0, 3.0, 4.0]])
+    assert label.single_box(torch.tensor([0.95, 0.9]), boxes, (40, 30)) == (10, 5, 31, 29)
+    assert label.single_box(torch.tensor([0.95, 0.91]), boxes, (40, 30)) is None
+    assert label.single_box(torch.tensor([0.5, 0.4]), boxes, (40, 30)) is None
+    beyond = torch.tensor([[-3.0, -1.0, 45.0, 30.5]])
+    assert label.single_box(torch.tensor([0.99]), beyond, (40, 30)) == (0, 0, 40, 30)
+    sliver = torch.tensor([[39.9, 29.9, 40.0, 30.0]])
+    assert label.single_box(torch.tensor([0.99]), sliver, (40, 30)) == (39, 29, 40, 30)
+
+
+def test_the_foregrounds_box_covers_its_cells_in_whole_pixels():
+    mask = torch.zeros(4, 5, dtype=torch.bool)
+    mask[1, 2] = mask[2, 3] = True
+    assert label.foreground_box(mask, (33, 22)) == (13, 5, 27, 17)  # cells of 6.6 x 5.5: 13.2..26.4, 5.5..16.5
+
+
+def test_cliques_hold_the_asked_number_of_loops():
+    assert [LabelConfig(loops=n).clique for n in (2, 100, 110, 111)] == [3, 12, 12, 13]
+    for count in range(1, 60):
+        cut = label.split_cliques(list(range(count)), 12)
+        assert sum(cut, []) == list(range(count))
+        assert all(12 <= len(c) < 24 for c in cut) or (count < 12 and len(cut) == 1)
+
+
+def test_images_are_kept_by_class_or_all_together_and_the_worst_classes_go():
+    errors = {i: e for i, e in enumerate([0.3, 0.1, 0.2, 0.4] + [0.05, 0.06, 0.07, 0.08] + [0.9, 0.8, 0.7, 0.6])}
+    labels = [0] * 4 + [1] * 4 + [2] * 4
+    kept, worst = label.select_images(errors, labels, LabelConfig(keep=0.5))
+    assert kept == {0: [1, 2], 1: [4, 5], 2: [11, 10]} and worst == set()
+    kept, worst = label.select_images(errors, labels, LabelConfig(keep=0.5, drop_worst=0.34))
+    assert kept == {0: [1, 2], 1: [4, 5]} and worst == {2}
+    kept, _ = label.select_images(errors, labels, LabelConfig(keep=0.5, keep_by="all"))
+    assert kept == {0: [1, 2], 1: [4, 5, 6, 7], 2: []}
+    assert label.share_of(0.29, 100) == 29 and label.share_of(0.3, 9) == 2
+
+
+def test_val_images_come_in_company_and_are_not_in_trn():
+    kept = {k: list(range(100 * k, 100 * k + n)) for k, n in enumerate([12, 12, 40, 5, 12, 12, 7])}
+    splits = label.split_images(kept, 0.1, seed=0)
+    sizes = {k: len(some) for k, some in splits["val"].items() if some}
+    assert sizes == {2: 6}  # 0.1 of 12 + 12 + 40 = 6.4 are due there; of what follows, 3.9 remain due
+    for k, members in kept.items():
+        assert sorted(splits["trn"][k] + splits["val"][k]) == members
+    assert label.split_images(kept, 0.0, 0)["val"] == dict.fromkeys(kept, [])
+
+
+def test_mean_value_coordinates_of_a_triangle_are_affine():
+    triangle, other = np.array([0, 10, 4 + 8j]), np.array([5 + 1j, 3 + 20j, -9 + 2j])
+    points = np.array([[4.0, 2.0], [5.0, 4.0], [3.0, 1.0]])
+    found = corresponding_points({"parts": [triangle]}, {"parts": [other]}, points)
+    for (x, y), place in zip(points, found):
+        shares = np.linalg.solve([[0, 10, 4], [0, 0, 8], [1, 1, 1]], [x, y, 1])
+        assert place == pytest.approx([shares @ other.real, shares @ other.imag])
+
+
+def test_the_front_part_covers_and_points_off_the_object_move_with_its_boundary():
+    square = np.array([0, 10, 10 + 10j, 10j])
+    src = {"parts": [square, square / 2 + (2 + 2j)]}  # the second lies in front
+    trg = {"parts": [square + 100, square / 2 + (2 + 202j)]}
+    found = corresponding_points(src, trg, np.array([[3.0, 4.0], [9.0, 9.0], [12.0, 5.0], [10.0, 10.0]]))
+    assert found == pytest.approx(np.array([[3, 204], [109, 9], [110, 5], [110, 10]]))
+
+
+def test_keypoints_of_a_shape_move_to_their_namesakes():
+    near = []
+    for category, seed in (("dog", 1), ("plane", 2), ("bicycle", 3), ("teapot", 4)):
+        a, b = draw_shape(category, seed), draw_shape(category, seed + 50)
+        found = corresponding_points(a, b, np.array(list(a["kps"].values())))
+        near += np.linalg.norm(found - np.array([b["kps"][n] for n in a["kps"]]), axis=1).tolist()
+        inside = np.argwhere(np.asarray(a["mask"]))[::7, ::-1]
+        assert np.linalg.norm(corresponding_points(a, a, inside) - inside, axis=1).max() < 2  # an outline's width
+    assert np.mean(np.array(near) < 2) > 0.9
+
+
+class OneOrTwoObjects(torch.nn.Module):
+    """Stands for the detector: two objects in images wider than high, one box otherwise."""
+
+    def forward(self, photos: list[torch.Tensor]) -> list[dict]:
+        count = 2 if photos[0].shape[2] > photos[0].shape[1] else 1
+        boxes = torch.tensor([[4.5, 6.0, 40.0, 44.2], [2.0, 2.0, 9.0, 9.0]])[:count]
+        return [{"boxes": boxes, "scores": torch.full((count,), 0.97), "labels": torch.ones(count)}]
+
+
+def test_a_detector_keeps_single_instances_and_its_box_bounds_the_points(tmp_path, monkeypatch):
+    for k in range(8):
+        size = (60, 48) if k in (2, 5) else (48, 60)
+        path = tmp_path / "root" / "fish" / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_shape("fish", k, 64)["image"].resize(size).save(path)
+    checkpoint = small_checkpoint(tmp_path)
+    monkeypatch.setattr(label, "load_detector", lambda weights, device: OneOrTwoObjects())
+    options = dict(dataset="folder", root=str(tmp_path / "root"), loops=2, keep=1.0, fewest=1, val=0.0, device="cpu")
+    summary = label.label(LabelConfig(checkpoint, out=str(tmp_path / "out"), detector=True, **options))
+    assert summary["images"] == {"seen": 8, "unreadable": 0, "without_foreground": 0, "measured": 6, "kept": 6}
+    files = list((tmp_path / "out/SC-ImageNet/PairAnnotation/trn").iterdir())
+    assert len(files) == summary["pairs"]["trn"] > 0
+    for file in files:
+        pair = json.loads(file.read_text())
+        assert pair["src_bndbox"] == pair["trg_bndbox"] == [4, 6, 40, 45]
+        for x, y in pair["src_kps"] + pair["trg_kps"]:
+            assert 4 <= x <= 40 and 6 <= y <= 45
+        assert not {"fish_2.JPEG", "fish_5.JPEG"} & {pair["src_imname"], pair["trg_imname"]}
+
+
+def small_checkpoint(folder: Path) -> str:
+    """A checkpoint of an untrained cascade."""
+    from train import build_optimizer, save_checkpoint
+
+    cfg = Config(backbone="random_vit8", size=64, volume_width=4, volume_heads=1, ffn_ratio=0.25)
+    cascade = Cascade(cfg)
+    save_checkpoint(folder / "small.pt", cascade, build_optimizer(cascade), 0)
+    return str(folder / "small.pt")
+
+
+def test_a_file_that_is_no_detector_is_refused_in_one_line(tmp_path):
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "w.pth")
+    for name in ("w.pth", "missing.pth"):
+        with pytest.raises(ValueError, match=f"cannot read the detector from .*{name} .*--detector-weights") as caught:
+            label.load_detector(str(tmp_path / name), torch.device("cpu"))
+        assert "\n" not in str(caught.value)
+
+
+def test_precision_counts_right_matches_by_kind_and_by_loop_error():
+    judged = [("kept", 0.01, True), ("kept", 0.03, False), ("kept", 0.1, True), ("dropped images", 0.05, False)]
+    assert label.precision_table(judged, 0.1) == {
+        "kept": [66.7, 3],
+        "dropped images": [0.0, 1],
+        "kept, loop error 0.0 to 2.5 %": [100.0, 1],
+        "kept, loop error 2.5 to 5.0 %": [0.0, 1],
+        "kept, loop error 7.5 to 10.0 %": [100.0, 1],
+    }
+
+
+def test_a_drawn_shapes_label_is_judged_by_its_true_partner():
+    images = data.Shapes("train")
+    src, trg = images.draw(3), images.draw(9)
+    points = np.array(list(src["kps"].values()))[:4]
+    truth = corresponding_points(src, trg, points)
+    x0, y0, x1, y1 = trg["bbox"]
+    side = max(x1 - x0, y1 - y0)
+    moved = truth + np.array([[0, 0], [0.09 * side, 0], [0, 0.11 * side], [side, 0]])
+    pair = {"src": 3, "trg": 9, "src_kps": points.tolist(), "trg_kps": moved.tolist()}
+    assert label.precision(images, pair) == [True, True, False, False]
+
+
+def test_a_labelled_pair_is_drawn_green_where_loops_close_and_red_where_they_miss(tmp_path):
+    from evaluate import draw_pair
+
+    Image.new("RGB", (200, 160)).save(tmp_path / "a.png")
+    images = data.ImageSet([tmp_path / "a.png"] * 2, [0, 0], ["duck"])
+    pair = {"src": 0, "trg": 1, "errors": [0.0, 0.4], "score": 0.2}
+    pair |= {"src_kps": [[20, 40], [20, 120]], "trg_kps": [[150, 40], [150, 120]]}
+    page = draw_pair(images, pair)
+    good, bad = (page.getpixel((100, 14 + y)) for y in (40, 120))
+    assert good[1] > 200 and good[0] < 60 and bad[0] > 200 and bad[1] < 60
