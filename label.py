@@ -26,6 +26,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -361,69 +362,6 @@ def split_cliques(members: list[int], size: int) -> list[list[int]]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Shards: one file a clique, written whole or not at all
-
-
-def read_shard(folder: Path, number: int) -> dict:
-    """The record of one shard."""
-    return json.loads((folder / f"{number:06d}.json").read_text())
-
-
-class Processes:
-    """This process among all of torchrun's: its share of the shards, and waiting for the others."""
-
-    def __init__(self) -> None:
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if self.world > 1:
-            dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-
-    def wait(self) -> None:
-        if self.world > 1:
-            dist.barrier()
-
-    def say(self, text: str) -> None:
-        if self.rank == 0:
-            print(text, flush=True)
-
-    def shards(
-        self, folder: Path, settings: dict, items: Dataset, costs: list[int], unit: str, make, workers: int
-    ) -> None:
-        """Make the shards of one step that are not there yet, `make(number, item)` being the record of one.
-
-        settings: whatever the shards depend on; ValueError if those that are there came from others. costs: each
-        shard's part of the progress bar, in `unit`s.
-        """
-        if self.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            stored, settings = folder / "settings.json", json.loads(json.dumps(settings))
-            old = json.loads(stored.read_text()) if stored.exists() else settings
-            if old != settings:
-                what = next(k for k in settings | old if settings.get(k) != old.get(k))
-                raise ValueError(
-                    f"{folder} was made with {what} {old.get(what)}, not {settings.get(what)}; give another --out,"
-                    f" or delete {folder} to make it anew"
-                )
-            data.write_whole(stored, json.dumps(settings, indent=1))
-        self.wait()
-        todo = [k for k in range(self.rank, len(costs), self.world) if not (folder / f"{k:06d}.json").exists()]
-        loader = DataLoader(items, sampler=todo, batch_size=None, num_workers=workers, worker_init_fn=leave_signals)
-        quiet, start, total = (
-            self.rank != 0 or not sys.stderr.isatty(),
-            time.perf_counter(),
-            sum(costs[k] for k in todo),
-        )
-        with tqdm(total=total, desc=folder.name, unit=f" {unit}", unit_scale=True, disable=quiet) as bar:
-            for number, item in zip(todo, loader):
-                data.write_whole(folder / f"{number:06d}.json", json.dumps(make(number, item)))
-                bar.update(costs[number])
-        self.wait()
-        seconds = time.perf_counter() - start
-        if todo:
-            others = f" in each of {self.world} processes" if self.world > 1 else ""
-            self.say(f"{folder.name}: {total:,} {unit} in {seconds:.0f} s, {total / seconds:,.0f} a second{others}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Selection (section 3.5)
 
 
@@ -449,8 +387,9 @@ def select_images(errors: dict[int, float], labels: list[int], cfg: LabelConfig)
 
 def split_images(kept: dict[int, list[int]], share: float, seed: int) -> dict[str, dict[int, list[int]]]:
     """Kept images to trn and val, both in random order. Pairs need company: a class gives val at least six images (or
-    half of them, where it has less than twelve), or none, and what it owes is carried to the next class."""
-    splits, due = {"trn": {}, "val": {}}, 0.0
+    half of them, where it has less than twelve), or none, and what it owes is carried to the next class. Six more
+    than the share are owed from the start, so that val is not empty where any class has six."""
+    splits, due = {"trn": {}, "val": {}}, 6.0 if share else 0.0
     for label, members in kept.items():
         order = np.random.default_rng((seed, 1, label)).permutation(members).tolist()
         due += share * len(order)
@@ -521,6 +460,11 @@ def quantiles(values: list[float]) -> list[float]:
 # The run
 
 
+def read_shard(folder: Path, number: int) -> dict:
+    """The record of one shard."""
+    return json.loads((folder / f"{number:06d}.json").read_text())
+
+
 class PhotoSet(CliqueSet):
     """The images of one chunk at a time as the detector takes them: RGB tensors in [0, 1] of their own size."""
 
@@ -537,11 +481,13 @@ class PhotoSet(CliqueSet):
 
 
 class Labeller:
-    """The steps of a run, in the paper's order. Every process goes through all of them; shards are shared out."""
+    """The steps of a run, in the paper's order. All of torchrun's processes go through all of them and share out the
+    shards: one file a clique, written whole or not at all."""
 
     def __init__(self, cfg: LabelConfig) -> None:
         check(cfg)
-        self.cfg, self.processes, self.device = cfg, Processes(), find_device(cfg.device)
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.cfg, self.device = cfg, find_device(cfg.device)
         overrides = {"saliency": "attention" if cfg.saliency == "attention" else "none"}
         overrides |= {"size": cfg.size} if cfg.size else {}
         self.cascade = load_cascade(cfg.checkpoint, cfg.weights, self.device, **overrides)
@@ -566,11 +512,52 @@ class Labeller:
             "detector": cfg.detector or cfg.detector_weights is not None,
         }
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        if self.world > 1:
+            dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
 
-    def shards(self, step: str, items: Dataset, costs: list[int], unit: str, make) -> list[dict]:
-        """Make what is missing of a step; returns its records, read one at a time."""
-        folder = Path(self.cfg.out) / "work" / step
-        self.processes.shards(folder, self.settings, items, costs, unit, make, self.cfg.workers)
+    def wait(self) -> None:
+        """For the other processes."""
+        if self.world > 1:
+            dist.barrier()
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def shards(self, step: str, items: Dataset, costs: list[int], unit: str, make) -> Iterator[dict]:
+        """Make the shards of one step that are not there yet, `make(number, item)` being the record of one, and return
+        all of its records, read one at a time. costs: each shard's part of the progress bar, in `unit`s.
+
+        Raises ValueError if the shards that are there were made with other settings.
+        """
+        folder = Path(self.cfg.out, "work", step)
+        if self.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            stored, settings = folder / "settings.json", json.loads(json.dumps(self.settings))
+            old = json.loads(stored.read_text()) if stored.exists() else settings
+            if old != settings:
+                what = next(k for k in settings | old if settings.get(k) != old.get(k))
+                raise ValueError(
+                    f"{folder} was made with {what} {old.get(what)}, not {settings.get(what)}; give another --out,"
+                    f" or delete {folder} to make it anew"
+                )
+            data.write_whole(stored, json.dumps(settings, indent=1))
+        self.wait()
+        todo = [k for k in range(self.rank, len(costs), self.world) if not (folder / f"{k:06d}.json").exists()]
+        loader = DataLoader(
+            items, sampler=todo, batch_size=None, num_workers=self.cfg.workers, worker_init_fn=leave_signals
+        )
+        quiet, total = self.rank != 0 or not sys.stderr.isatty(), sum(costs[k] for k in todo)
+        start = time.perf_counter()
+        with tqdm(total=total, desc=step, unit=f" {unit}", unit_scale=True, disable=quiet) as bar:
+            for number, item in zip(todo, loader):
+                data.write_whole(folder / f"{number:06d}.json", json.dumps(make(number, item)))
+                bar.update(costs[number])
+        self.wait()
+        seconds = time.perf_counter() - start
+        if todo:
+            others = f" in each of {self.world} processes" if self.world > 1 else ""
+            self.say(f"{step}: {total:,} {unit} in {seconds:.0f} s, {total / seconds:,.1f} a second{others}")
         return (read_shard(folder, number) for number in range(len(costs)))
 
     def clique_set(self, groups: list[list[int]]) -> CliqueSet:
@@ -603,7 +590,7 @@ class Labeller:
             self.boxes |= {int(i): box for i, box in record["boxes"].items()}
             self.skipped |= dict(record["skipped"])
         self.members = {k: [i for i in some if i in self.boxes] for k, some in self.members.items()}
-        self.processes.say(f"{len(self.boxes)} images with exactly one object over 0.9")
+        self.say(f"{len(self.boxes)} images with exactly one object over 0.9")
 
     def measure(self) -> None:
         """Closed loops in cliques of every class: the error of every image and how many loops it is the mean of."""
@@ -614,7 +601,7 @@ class Labeller:
         cliques = []
         for k, some in self.members.items():
             if len(some) < 3:
-                self.processes.say(f"class {self.images.classes[k]}: {len(some)} images, a loop needs 3; left out")
+                self.say(f"class {self.images.classes[k]}: {len(some)} images, a loop needs 3; left out")
                 continue
             order = np.random.default_rng((cfg.seed, 0, k)).permutation(some).tolist()
             cliques += split_cliques(order, cfg.clique)
@@ -638,8 +625,9 @@ class Labeller:
             self.empty |= set(record["empty"])
             self.volumes += record["volumes"]
         if not self.errors:
-            reason = min(self.skipped.values()) if self.skipped else f"{len(self.empty)} images have no foreground"
-            raise ValueError(f"no class has three usable images: {reason}")
+            counts = f"{len(self.skipped)} unreadable, {len(self.empty)} without foreground"
+            first = f"; the first: {min(self.skipped.values())}" if self.skipped else ""
+            raise ValueError(f"no class has three usable images ({counts}){first}")
 
     def pair(self) -> None:
         """Pairs of kept images in new cliques; to be looked at, also of dropped ones."""
@@ -649,7 +637,7 @@ class Labeller:
         self.kept, self.worst = select_images(self.errors, self.images.labels, cfg)
         for k, some in self.kept.items():
             if len(some) < 3:
-                self.processes.say(f"class {names[k]}: {len(some)} images kept, a loop needs 3; left out")
+                self.say(f"class {names[k]}: {len(some)} images kept, a loop needs 3; left out")
         size = 2 * cfg.pairs + 2  # such a clique has half a pair an image more than are wanted
         self.groups = {"pairs": [], "dropped": []}
         for split, classes in split_images(self.kept, cfg.val, cfg.seed).items():
@@ -802,8 +790,8 @@ def label(cfg: LabelConfig) -> dict:
     run.detect()
     run.measure()
     run.pair()
-    summary = run.merge() if run.processes.rank == 0 else {}
-    run.processes.wait()
+    summary = run.merge() if run.rank == 0 else {}
+    run.wait()
     return summary
 
 
