@@ -144,6 +144,7 @@ class ImageSet:
         if saliency and not Path(saliency).is_dir():
             raise ValueError(f"--saliency {saliency}: no such folder; expected <class>/<image name>_sal.png in it")
         self.paths, self.labels, self.classes, self.saliency = paths, labels, classes, saliency
+        self.empty: list[Path] = []  # files of no bytes that were left out
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -218,7 +219,9 @@ def class_folders(root: str | None, saliency: str | None = None) -> ImageSet:
         print(f"{len(empty)} empty files skipped: {', '.join(map(str, empty[:5]))}", file=sys.stderr)
     if not paths:
         raise ValueError(f"--root {root}: no class folder holds two images ({', '.join(sorted(EXTENSIONS))})")
-    return ImageSet(paths, labels, classes, saliency)
+    images = ImageSet(paths, labels, classes, saliency)
+    images.empty = empty
+    return images
 
 
 def spair_train(root: str | None, saliency: str | None = None) -> PairedSet:
@@ -466,11 +469,12 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def plain_names(names: list[str]) -> list[str]:
-    """Names without '-', ':', glob characters, spaces or anything but letters, digits, '_' and '.'; all different."""
+    """Names of letters, digits, '_' and '.' alone (no '-', ':', glob characters or spaces), at most 64 characters and
+    the number that makes them all different."""
     found: list[str] = []
     taken = set()
     for name in names:
-        plain = new = re.sub(r"[^A-Za-z0-9_.]+", "_", name) or "_"
+        plain = new = re.sub(r"[^A-Za-z0-9_.]+", "_", name)[:64] or "_"
         number = 2
         while new in taken:
             new, number = f"{plain}_{number}", number + 1
@@ -521,7 +525,7 @@ def write_label_tree(out: Path, images: ImageSet, records: Iterable[dict], how: 
 
     Written under a temporary name and put in place as a whole; OSError leaves an earlier tree as it was.
     """
-    final, temporary = out / "SC-ImageNet", out / "SC-ImageNet.tmp"
+    final, temporary, old = (out / f"SC-ImageNet{suffix}" for suffix in ("", ".tmp", ".old"))
     names, placed = image_names(images), {}
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -548,15 +552,17 @@ def write_label_tree(out: Path, images: ImageSet, records: Iterable[dict], how: 
                         place_image(images, i, path, how)
         for split, found in lines.items():
             (temporary / "Layout" / "large" / f"{split}.txt").write_text("".join(found))
-        origin = {f"{a}_{b}.JPEG": str(images.paths[i]) for i, (a, b) in enumerate(names) if i in placed}
+        origin = {f"{a}/{a}_{b}.JPEG": str(images.paths[i]) for i, (a, b) in enumerate(names) if i in placed}
         write_whole(out / "names.json", json.dumps(origin, indent=0))
-        old = out / "SC-ImageNet.old"
         if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
             final.rename(old)
         temporary.rename(final)
         shutil.rmtree(old, ignore_errors=True)
         if not (out / "SC-IMAGENET").exists():
             (out / "SC-IMAGENET").symlink_to("SC-ImageNet")
     except OSError as error:
+        if old.exists() and not final.exists():
+            old.rename(final)
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"cannot write the label set: {error}; the shards are kept, the same command goes on") from None

@@ -508,7 +508,7 @@ class Labeller:
         # What shards depend on grows from step to step. Folders may move; the names in them may not change.
         listing = "\n".join(f"{names[k]}/{self.images.paths[i].name}" for k, some in self.members.items() for i in some)
         self.settings = {
-            "images": hashlib.sha256(listing.encode()).hexdigest()[:16],
+            "images": hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()[:16],
             "detector": cfg.detector or cfg.detector_weights is not None,
         }
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
@@ -668,9 +668,12 @@ class Labeller:
                     record["volumes"] = math.comb(n, 2)
                 return record
 
-            costs = [math.comb(len(group), 2) for *_, group in groups]
+            costs, found = [math.comb(len(group), 2) for *_, group in groups], 0
             for record in self.shards(step, self.clique_set([g for *_, g in groups]), costs, "pairs", make):
                 self.volumes += record["volumes"] if step == "pairs" else 0
+                found += len(record["pairs"])
+            if step == "pairs" and not found:
+                raise ValueError(f"no pair has --fewest {cfg.fewest} matches; ask for fewer, or a larger --size")
 
     @property
     def truth(self) -> bool:
@@ -683,7 +686,7 @@ class Labeller:
         data.write_label_tree(
             out, self.images, (read_shard(out / "work/pairs", k) for k in range(len(self.groups["pairs"]))), cfg.images
         )
-        entries, judged, rows = [], [], {}
+        entries, judged, used, rows = [], [], set(), {}
         for k, (name, members) in enumerate(zip(names, self.images.members())):
             mine = [i for i in members if i in self.errors]
             rows[name] = {
@@ -700,6 +703,7 @@ class Labeller:
                     kind = "kept" if pair["kept"] else "dropped images" if step == "dropped" else "dropped pairs"
                     entries.append((kind, pair["score"], step, number, place))
                     if kind == "kept":
+                        used |= {pair["src"], pair["trg"]}
                         rows[names[record["class"]]][record["split"]] += 1
                         rows[names[record["class"]]]["points"] += len(pair["errors"])
                     if self.truth:
@@ -707,11 +711,12 @@ class Labeller:
         summary = {
             "config": dataclasses.asdict(cfg) | {"size": self.cascade.cfg.size},
             "images": {
-                "seen": len(self.images),
-                "unreadable": len(self.skipped),
+                "seen": len(self.images) + len(self.images.empty),
+                "unreadable": len(self.skipped) + len(self.images.empty),
                 "without_foreground": len(self.empty),
                 "measured": len(self.errors),
                 "kept": sum(row["kept"] for row in rows.values()),
+                "used": len(used),
             },
             "loops": sum(self.loops.values()),
             "volumes": self.volumes,
@@ -719,7 +724,7 @@ class Labeller:
             "points": sum(row["points"] for row in rows.values()),
             "image_error_quantiles": quantiles(list(self.errors.values())),
             "pair_error_quantiles": quantiles([score for kind, score, *_ in entries if kind == "kept"]),
-            "unreadable": sorted(self.skipped.values()),
+            "unreadable": sorted(self.skipped.values()) + [f"empty file: {path}" for path in self.images.empty],
             "worst_classes": sorted(names[k] for k in self.worst),
             "classes": rows,
         }
@@ -779,9 +784,9 @@ def print_summary(summary: dict, out: str) -> None:
     for kind, (share, count) in summary.get("precision", {}).items():
         print(f"right within a tenth of the box, {kind}: {share} % of {count:,} matches")
     trn, val = summary["pairs"].values()
-    print(
-        f"{out}/SC-ImageNet: {trn:,} trn and {val:,} val pairs, {summary['points'] / max(pairs, 1):.1f} points a pair"
-    )
+    if not val:
+        print("val is empty, for want of classes with six kept images or by --val 0; CATs wants one", file=sys.stderr)
+    print(f"{out}/SC-ImageNet: {trn:,} trn and {val:,} val pairs, {summary['points'] / pairs:.1f} points a pair")
 
 
 def label(cfg: LabelConfig) -> dict:

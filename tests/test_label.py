@@ -279,7 +279,14 @@ def test_a_detector_keeps_single_instances_and_its_box_bounds_the_points(tmp_pat
     monkeypatch.setattr(label, "load_detector", lambda weights, device: OneOrTwoObjects())
     options = dict(dataset="folder", root=str(tmp_path / "root"), loops=2, keep=1.0, fewest=1, val=0.0, device="cpu")
     summary = label.label(LabelConfig(checkpoint, out=str(tmp_path / "out"), detector=True, **options))
-    assert summary["images"] == {"seen": 8, "unreadable": 0, "without_foreground": 0, "measured": 6, "kept": 6}
+    assert summary["images"] == {
+        "seen": 8,
+        "unreadable": 0,
+        "without_foreground": 0,
+        "measured": 6,
+        "kept": 6,
+        "used": 6,
+    }
     files = list((tmp_path / "out/SC-ImageNet/PairAnnotation/trn").iterdir())
     assert len(files) == summary["pairs"]["trn"] > 0
     for file in files:
