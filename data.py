@@ -8,6 +8,7 @@ cell's centre is ((i + 0.5) * W / w - 0.5) in the pixels of the image itself; `p
 are the only places that know.
 """
 
+import contextlib
 import csv
 import json
 import os
@@ -71,6 +72,9 @@ def open_image(path: str | Path, upright: bool = False) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # 16 bits and more, which Pillow's conversion would clip to white
+                array = np.asarray(image, np.float32)
+                image = Image.fromarray((array * (255 / max(255, 65535 * (array.max() > 255)))).astype(np.uint8))
             return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"no such image: {path}") from None
@@ -471,16 +475,14 @@ def write_whole(path: Path, text: str) -> None:
 def plain_names(names: list[str]) -> list[str]:
     """Names of letters, digits, '_' and '.' alone (no '-', ':', glob characters or spaces), at most 64 characters and
     the number that makes them all different."""
-    found: list[str] = []
-    taken = set()
+    found: dict[str, int] = {}  # and the number that the next one of the same name tries
     for name in names:
         plain = new = re.sub(r"[^A-Za-z0-9_.]+", "_", name)[:64] or "_"
-        number = 2
-        while new in taken:
-            new, number = f"{plain}_{number}", number + 1
-        taken.add(new)
-        found.append(new)
-    return found
+        while new in found:
+            found[plain] += 1
+            new = f"{plain}_{found[plain]}"
+        found[new] = 1
+    return list(found)
 
 
 def image_names(images: ImageSet) -> list[tuple[str, str]]:
@@ -560,7 +562,8 @@ def write_label_tree(out: Path, images: ImageSet, records: Iterable[dict], how: 
         temporary.rename(final)
         shutil.rmtree(old, ignore_errors=True)
         if not (out / "SC-IMAGENET").exists():
-            (out / "SC-IMAGENET").symlink_to("SC-ImageNet")
+            with contextlib.suppress(OSError):  # a file system without links: the reader has to rename the folder
+                (out / "SC-IMAGENET").symlink_to("SC-ImageNet")
     except OSError as error:
         if old.exists() and not final.exists():
             old.rename(final)

@@ -43,7 +43,7 @@ import data
 from evaluate import correct_points, draw_histograms, draw_pair, picture_page
 from modules import Features, Pairs, cells_to_xy, kernel_soft_argmax, pair_nms, select_pairs
 from shapes import corresponding_points
-from train import Cascade, add_options, find_device, leave_signals, load_cascade
+from train import Cascade, add_options, find_device, leave_signals, load_cascade, training_set
 
 
 @dataclass
@@ -79,7 +79,7 @@ class LabelConfig:
     device: str = "auto"  # auto: a GPU if there is one; cpu; cuda
 
     @property
-    def clique(self) -> int:
+    def clique_size(self) -> int:
         """The smallest K with (K - 1) (K - 2) >= loops."""
         return next(k for k in range(3, 10_000) if (k - 1) * (k - 2) >= self.loops)
 
@@ -174,35 +174,37 @@ def image_errors(clique: Clique, maps: Tensor, cap: float) -> list[float]:
 
 @torch.no_grad()
 def pair_matches(clique: Clique, maps: Tensor, partners: Tensor, cfg: LabelConfig) -> list[dict]:
-    """The matches of every two images of a clique, each pair once, in one of its directions in turn.
+    """The matches of every two images of a clique, each pair in one direction.
 
     A match starts at a cell of s that one-to-one selection paired, and goes to its direct, sub-cell transfer s -> t. It
     is kept if that lies within 1.5 cells of the selected partner, inside t's box, and within a tenth of the box of
-    where at least half of the other images m send it. Its score is its mean loop error over m; of those kept, the best
-    `points` are taken that non-maximum suppression of the largest possible radius (up to 4 cells) leaves.
+    where at least half of the other images m send it, and if any loop closes. Its score is the mean over m of its
+    capped loop errors; of those kept, the best `points` are taken after non-maximum suppression with the largest
+    radius, up to 4 cells, that loses no match against a radius of one. Every image is source and target equally often.
 
-    Returns one dict a pair that has `fewest` matches: src and trg (places in the clique), src_kps and trg_kps in
+    Returns one dict a pair that has `fewest` matches: src and trg (numbers in the clique), src_kps and trg_kps in
     pixels, errors (shares of the source box), score (their mean).
     """
     count, (h, w) = len(maps), clique.feats.grid
     cells = cells_to_xy(torch.arange(h * w, device=maps.device), w)
+    low, high = (torch.tensor(clique.boxes, device=maps.device)[:, None, k : k + 2] for k in (0, 2))
     order, score = [], []
     for s in range(count):
         via, back, real = closed_loops(maps, s)
         direct = maps[s].flatten(1, 2)  # (K, N, 2)
         loop = loop_errors(clique, s, back, cfg.cap)  # (m, t, N)
         apart = ((via - direct) * clique.stride[:, None]).norm(dim=-1) / clique.side[:, None]  # (m, t, N)
-        weight = real[:, :, None] / real.sum(0).clamp(min=1)[None, :, None]
-        agree = ((apart <= 0.1) * weight).sum(0) >= 0.5
+        votes, most = ((apart <= 0.1) & real[:, :, None]).sum(0), real.sum(0)[:, None]  # (t, N), (t, 1)
+        agree = (votes > 0) & (2 * votes >= most)
+        mean = (loop * real[:, :, None]).sum(0) / most.clamp(min=1)
         near = (direct - cells[partners[s].clamp(min=0)]).norm(dim=-1) <= 1.5
-        low, high = (torch.tensor(clique.boxes, device=maps.device)[:, None, k : k + 2] for k in (0, 2))
         pixels = (direct + 0.5) * clique.stride[:, None] - 0.5
         inside = ((pixels >= low) & (pixels <= high)).all(-1)
-        good = (partners[s] >= 0) & agree & near & inside
+        good = (partners[s] >= 0) & agree & near & inside & (mean < cfg.cap)
         for t in range(count):
-            if (t > s) == bool((s + t) % 2) and t != s:  # each pair once, every image source and target alike
+            if (t > s) == bool((s + t) % 2) and t != s:
                 order.append((s, t))
-                score.append(torch.where(good[t], (loop[:, t] * weight[:, t]).sum(0), math.inf))
+                score.append(torch.where(good[t], mean[t], math.inf))
     found = []
     for first in range(0, len(order), cfg.batch):
         some = order[first : first + cfg.batch]
@@ -210,8 +212,7 @@ def pair_matches(clique: Clique, maps: Tensor, partners: Tensor, cfg: LabelConfi
         error, cell = torch.stack(score[first : first + cfg.batch]).sort(dim=1, stable=True)  # best first
         valid = error.isfinite()
         error, cell, valid = (x[:, : max(1, int(valid.sum(1).max()))] for x in (error, cell, valid))
-        place = maps.flatten(2, 3)[src[:, None], trg[:, None], cell]  # (P, n, 2)
-        ends = place.round().long()
+        ends = maps.flatten(2, 3)[src[:, None], trg[:, None], cell].round().long()  # (P, n, 2)
         pairs = Pairs(cell, ends[..., 1] * w + ends[..., 0], error, valid)
         chosen = pair_nms(pairs, w, w, 1, cfg.points)
         for radius in (2, 3, 4):
@@ -223,16 +224,19 @@ def pair_matches(clique: Clique, maps: Tensor, partners: Tensor, cfg: LabelConfi
             if take.sum() < cfg.fewest:
                 continue
             ends = [cells[chosen.src[k, take]], maps[s, t].flatten(0, 1)[chosen.src[k, take]]]
-            kps = [data.cells_to_pixels(e.cpu(), clique.sizes[i], (h, w)) for e, i in zip(ends, (s, t))]
-            # an image narrower than the grid has cells whose centres lie half a pixel off it
-            kps = [p.clamp(min=0).round(decimals=2).double() for p in kps]
+            kps = []
+            for end, i in zip(ends, (s, t)):
+                pixels, box = data.cells_to_pixels(end.cpu(), clique.sizes[i], (h, w)), torch.tensor(clique.boxes[i])
+                # a foreground cell smaller than a pixel has its centre up to half a pixel off the box
+                pixels = pixels.maximum(box[:2]).minimum(box[2:]).double().tolist()
+                kps.append([[round(v, 2) for v in point] for point in pixels])
             errors = chosen.score[k, take].cpu().double()
             found.append(
                 {
                     "src": s,
                     "trg": t,
-                    "src_kps": [[round(v, 2) for v in p] for p in kps[0].tolist()],
-                    "trg_kps": [[round(v, 2) for v in p] for p in kps[1].tolist()],
+                    "src_kps": kps[0],
+                    "trg_kps": kps[1],
                     "errors": [round(e, 4) for e in errors.tolist()],
                     "score": round(float(errors.mean()), 6),
                 }
@@ -247,7 +251,7 @@ def pair_matches(clique: Clique, maps: Tensor, partners: Tensor, cfg: LabelConfi
 def read_names(path: str, known: list[str]) -> set[str]:
     """Class names, one a line; ValueError names one that the data set lacks."""
     try:
-        names = {line.strip() for line in Path(path).read_text().splitlines() if line.strip()}
+        names = {line.strip() for line in Path(path).read_text("utf-8-sig").splitlines() if line.strip()}
     except OSError as error:
         raise ValueError(f"cannot read class names from {path}: {error.strerror}") from None
     if unknown := sorted(names - set(known)):
@@ -313,6 +317,7 @@ class CliqueSet(Dataset):
             view, cell = data.prepare(image, saliency, self.size, self.patch)
             index, views, sizes = index + [i], views + [view], sizes + [image.size]
             cells += [] if cell is None else [cell]
+        views, cells = (torch.stack(some) if some else None for some in (views, cells))
         return {"index": index, "views": views, "cells": cells, "sizes": sizes, "skipped": skipped}
 
 
@@ -327,9 +332,8 @@ def build_clique(
     if not item["index"]:
         return None, []
     device = next(cascade.parameters()).device
-    saliency = torch.stack(item["cells"]) if item["cells"] else None
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and amp):
-        feats = cascade.features(torch.stack(item["views"]), saliency)
+        feats = cascade.features(item["views"], item["cells"])
     h, w = feats.grid
     centres = cells_to_xy(torch.arange(h * w), w)
     masks, keep = feats.foreground(cascade.cfg.saliency_threshold).flatten(1).cpu(), []
@@ -348,9 +352,8 @@ def build_clique(
     stride = torch.tensor([[width / w, height / h] for width, height in sizes], device=device)
     side = torch.tensor([max(x1 - x0, y1 - y0) for x0, y0, x1, y1 in frames], device=device, dtype=torch.float32)
     masks = masks.to(device)
-    feats = Features(
-        feats.feat[keep], feats.token[keep], masks.view(-1, h, w) * 2.0 - 1
-    )  # under every threshold or over
+    # 1 in the foreground and -1 elsewhere stand for it under every threshold
+    feats = Features(feats.feat[keep], feats.token[keep], masks.view(-1, h, w) * 2.0 - 1)
     return Clique(index, feats, sizes, frames, stride, side, masks), empty
 
 
@@ -386,9 +389,11 @@ def select_images(errors: dict[int, float], labels: list[int], cfg: LabelConfig)
 
 
 def split_images(kept: dict[int, list[int]], share: float, seed: int) -> dict[str, dict[int, list[int]]]:
-    """Kept images to trn and val, both in random order. Pairs need company: a class gives val at least six images (or
-    half of them, where it has less than twelve), or none, and what it owes is carried to the next class. Six more
-    than the share are owed from the start, so that val is not empty where any class has six."""
+    """Kept images to trn and val, no image to both, in random order.
+
+    Pairs need company, so a class gives val six images or more (half of its own, where it has fewer than twelve) or
+    none. What it does not give is owed by the next. Six are owed from the start, so that some class gives some.
+    """
     splits, due = {"trn": {}, "val": {}}, 6.0 if share else 0.0
     for label, members in kept.items():
         order = np.random.default_rng((seed, 1, label)).permutation(members).tolist()
@@ -411,7 +416,7 @@ def draw_pages(out: Path, images: data.ImageSet, entries: list[tuple], cfg: Labe
     """
 
     def load(some: list[tuple]) -> list[dict]:
-        return [read_shard(out / "work" / step, shard)["pairs"][place] for _, _, step, shard, place in some]
+        return [read_json(out / "work" / step / f"{shard:06d}.json")["pairs"][place] for *_, step, shard, place in some]
 
     of = {kind: sorted(e for e in entries if e[0] == kind) for kind in ("kept", "dropped pairs", "dropped images")}
     any_order = np.random.default_rng(0).permutation(len(of["kept"]))[: cfg.draw]
@@ -444,39 +449,58 @@ def precision_table(judged: list[tuple[str, float, bool]], cap: float) -> dict[s
         kind: [right for what, _, right in judged if what == kind]
         for kind in ("kept", "dropped pairs", "dropped images")
     }
-    edges = np.linspace(0, cap if math.isfinite(cap) else 1, 5)
+    edges = np.linspace(0, min(cap, 1), 5)
     for low, high in zip(edges, edges[1:]):
         name = f"kept, loop error {100 * low:.1f} to {100 * high:.1f} %"
-        rows[name] = [right for what, error, right in judged if what == "kept" and low <= error <= high]
+        last = high == edges[-1]
+        rows[name] = [right for what, e, right in judged if what == "kept" and low <= e and (e < high or last)]
     return {name: [round(100 * float(np.mean(some)), 1), len(some)] for name, some in rows.items() if some}
 
 
 def quantiles(values: list[float]) -> list[float]:
     """Minimum, quartiles and maximum."""
-    return [round(float(v), 4) for v in np.quantile(values, (0, 0.25, 0.5, 0.75, 1))] if values else []
+    return [round(float(v), 4) for v in np.quantile(values, (0, 0.25, 0.5, 0.75, 1))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The run
 
 
-def read_shard(folder: Path, number: int) -> dict:
-    """The record of one shard."""
-    return json.loads((folder / f"{number:06d}.json").read_text())
+def progress(*arguments, **options) -> tqdm:
+    """A progress bar: often on a terminal, a line a minute in the log of a job, nothing in that of a short one."""
+    slow = {} if sys.stderr.isatty() else {"delay": 60, "mininterval": 60}
+    return tqdm(*arguments, **options, **slow)
+
+
+def read_json(path: Path) -> dict:
+    """A file of the work; ValueError names it if a crash has damaged it."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path} is damaged; delete it, and the same command makes it anew") from None
+
+
+def digest(content) -> str:
+    """Sixteen characters that tell one bytes, text or plain value from another."""
+    raw = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return hashlib.sha256(raw).hexdigest()[:16]
 
 
 class PhotoSet(CliqueSet):
-    """The images of one chunk at a time as the detector takes them: RGB tensors in [0, 1] of their own size."""
+    """The images of one chunk at a time for the detector: RGB bytes (3, H, W) of their own size."""
 
     def __getitem__(self, number: int) -> dict:
         found, skipped = [], []
         for i in self.cliques[number]:
             try:
                 image = self.images.load(i)[0]
+                if max(image.size) > 20 * min(image.size):
+                    raise ValueError(
+                        f"{self.images.paths[i]}: {image.width}x{image.height} px is too narrow to detect in"
+                    )
+                found.append((i, torch.from_numpy(np.array(image)).permute(2, 0, 1)))
             except ValueError as error:
                 skipped.append((i, str(error)))
-                continue
-            found.append((i, torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255))
         return {"found": found, "skipped": skipped}
 
 
@@ -493,11 +517,9 @@ class Labeller:
         self.cascade = load_cascade(cfg.checkpoint, cfg.weights, self.device, **overrides)
         if self.cascade.cfg.stages == 2:
             raise ValueError(f"{cfg.checkpoint} ends with the region stage, which has no volume of whole images")
-        maps = None if cfg.saliency in ("auto", "attention", "none") else cfg.saliency
-        if cfg.dataset == "shapes":
-            self.images = data.Shapes("train", cfg.saliency == "auto")
-        else:
-            self.images = data.class_folders(cfg.root, maps)
+        if (size := self.cascade.cfg.size) % (patch := self.cascade.backbone.patch):
+            raise ValueError(f"--size {size}: not a multiple of the backbone's patch of {patch} px")
+        self.images = training_set(cfg)
         names = self.images.classes
         chosen = read_names(cfg.keep_classes, names) if cfg.keep_classes else set(names)
         chosen -= read_names(cfg.drop_classes, names) if cfg.drop_classes else set()
@@ -505,12 +527,13 @@ class Labeller:
         self.members = {k: some for k, (name, some) in enumerate(zip(names, every)) if name in chosen}
         self.skipped: dict[int, str] = {}  # unreadable images and why
         self.boxes: dict[int, list[int]] = {}  # a detector's
-        # What shards depend on grows from step to step. Folders may move; the names in them may not change.
-        listing = "\n".join(f"{names[k]}/{self.images.paths[i].name}" for k, some in self.members.items() for i in some)
-        self.settings = {
-            "images": hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()[:16],
-            "detector": cfg.detector or cfg.detector_weights is not None,
-        }
+        if not self.members:
+            raise ValueError(f"--keep-classes {cfg.keep_classes}, --drop-classes {cfg.drop_classes}: no class remains")
+        self.seen = sum(map(len, self.members.values()))
+        self.use_detector = cfg.detector or cfg.detector_weights is not None
+        # What shards depend on; it grows from step to step. Folders may move; the names in them may not change.
+        listing = [f"{names[k]}/{self.images.paths[i].name}" for k, some in self.members.items() for i in some]
+        self.settings = {"file names": digest(listing)}
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         if self.world > 1:
             dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
@@ -524,17 +547,18 @@ class Labeller:
         if self.rank == 0:
             print(text, flush=True)
 
-    def shards(self, step: str, items: Dataset, costs: list[int], unit: str, make) -> Iterator[dict]:
+    def shards(self, step: str, items: CliqueSet, costs: list[int], unit: str, make) -> Iterator[dict]:
         """Make the shards of one step that are not there yet, `make(number, item)` being the record of one, and return
         all of its records, read one at a time. costs: each shard's part of the progress bar, in `unit`s.
 
-        Raises ValueError if the shards that are there were made with other settings.
+        Raises ValueError if the shards that are there were made with other settings, of other images or boxes.
         """
         folder = Path(self.cfg.out, "work", step)
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            stored, settings = folder / "settings.json", json.loads(json.dumps(self.settings))
-            old = json.loads(stored.read_text()) if stored.exists() else settings
+            groups = digest([items.cliques, sorted(self.boxes.items())])
+            stored, settings = folder / "settings.json", json.loads(json.dumps(self.settings | {"groups": groups}))
+            old = read_json(stored) if stored.exists() else settings
             if old != settings:
                 what = next(k for k in settings | old if settings.get(k) != old.get(k))
                 raise ValueError(
@@ -547,9 +571,8 @@ class Labeller:
         loader = DataLoader(
             items, sampler=todo, batch_size=None, num_workers=self.cfg.workers, worker_init_fn=leave_signals
         )
-        quiet, total = self.rank != 0 or not sys.stderr.isatty(), sum(costs[k] for k in todo)
-        start = time.perf_counter()
-        with tqdm(total=total, desc=step, unit=f" {unit}", unit_scale=True, disable=quiet) as bar:
+        start, total = time.perf_counter(), sum(costs[k] for k in todo)
+        with progress(total=total, desc=step, unit=f" {unit}", unit_scale=True, disable=self.rank != 0) as bar:
             for number, item in zip(todo, loader):
                 data.write_whole(folder / f"{number:06d}.json", json.dumps(make(number, item)))
                 bar.update(costs[number])
@@ -558,7 +581,7 @@ class Labeller:
         if todo:
             others = f" in each of {self.world} processes" if self.world > 1 else ""
             self.say(f"{step}: {total:,} {unit} in {seconds:.0f} s, {total / seconds:,.1f} a second{others}")
-        return (read_shard(folder, number) for number in range(len(costs)))
+        return (read_json(folder / f"{number:06d}.json") for number in range(len(costs)))
 
     def clique_set(self, groups: list[list[int]]) -> CliqueSet:
         return CliqueSet(self.images, groups, self.cascade.cfg.size, self.cascade.backbone.patch)
@@ -572,8 +595,10 @@ class Labeller:
 
     def detect(self) -> None:
         """Single instances: images with exactly one object over 0.9, and its box (section 3.5)."""
-        if not self.settings["detector"]:
+        if not self.use_detector:
             return
+        if self.cfg.detector_weights:
+            self.settings["detector"] = digest(Path(self.cfg.detector_weights).read_bytes())
         chunks = split_cliques([i for some in self.members.values() for i in some], 16)
         detector = load_detector(self.cfg.detector_weights, self.device)
 
@@ -581,49 +606,49 @@ class Labeller:
         def make(number: int, item: dict) -> dict:
             boxes = {}
             for i, photo in item["found"]:
-                result = detector([photo.to(self.device)])[0]
+                result = detector([photo.to(self.device) / 255])[0]
                 boxes[i] = single_box(result["scores"].cpu(), result["boxes"].cpu(), (photo.shape[2], photo.shape[1]))
             return {"boxes": {i: box for i, box in boxes.items() if box}, "skipped": item["skipped"]}
 
         items = PhotoSet(self.images, chunks, 0, 1)
+        boxes = {}
         for record in self.shards("detector", items, [len(chunk) for chunk in chunks], "images", make):
-            self.boxes |= {int(i): box for i, box in record["boxes"].items()}
+            boxes |= {int(i): box for i, box in record["boxes"].items()}
             self.skipped |= dict(record["skipped"])
+        self.boxes, self.undetected = boxes, set(self.skipped)
         self.members = {k: [i for i in some if i in self.boxes] for k, some in self.members.items()}
         self.say(f"{len(self.boxes)} images with exactly one object over 0.9")
 
     def measure(self) -> None:
         """Closed loops in cliques of every class: the error of every image and how many loops it is the mean of."""
         cfg = self.cfg
-        self.settings |= {name: getattr(cfg, name) for name in ("saliency", "loops", "cap", "seed")}
-        digest = hashlib.sha256(Path(cfg.checkpoint).read_bytes()).hexdigest()
-        self.settings |= {"checkpoint": digest[:16], "size": self.cascade.cfg.size}
+        self.settings |= {name: getattr(cfg, name) for name in ("loops", "cap", "seed")}
+        maps = self.images.saliency and str(Path(self.images.saliency).resolve())
+        self.settings |= {"saliency": maps or cfg.saliency, "size": self.cascade.cfg.size}
+        self.settings |= {"checkpoint": digest(Path(cfg.checkpoint).read_bytes())}
         cliques = []
         for k, some in self.members.items():
             if len(some) < 3:
                 self.say(f"class {self.images.classes[k]}: {len(some)} images, a loop needs 3; left out")
                 continue
             order = np.random.default_rng((cfg.seed, 0, k)).permutation(some).tolist()
-            cliques += split_cliques(order, cfg.clique)
+            cliques += split_cliques(order, cfg.clique_size)
 
         def make(number: int, item: dict) -> dict:
             clique, empty = self.clique(item)
-            record = {"skipped": item["skipped"], "empty": empty, "errors": {}, "loops": 0, "volumes": 0}
-            if clique:
-                n, (maps, _) = len(clique.index), self.maps(clique)
-                errors = image_errors(clique, maps, cfg.cap)
-                record["errors"] = {i: round(e, 6) for i, e in zip(clique.index, errors)}
-                record |= {"loops": (n - 1) * (n - 2), "volumes": math.comb(n, 2)}
-            return record
+            errors = image_errors(clique, self.maps(clique)[0], cfg.cap) if clique else []
+            found = {i: round(e, 6) for i, e in zip(clique.index, errors)} if clique else {}
+            return {"skipped": item["skipped"], "empty": empty, "errors": found}
 
         costs = [6 * math.comb(len(some), 3) for some in cliques]
         self.errors, self.loops, self.empty, self.volumes = {}, {}, set(), 0
         for record in self.shards("loops", self.clique_set(cliques), costs, "loops", make):
             self.errors |= {int(i): e for i, e in record["errors"].items()}
-            self.loops |= {int(i): record["loops"] for i in record["errors"]}
+            n = len(record["errors"])
+            self.loops |= {int(i): (n - 1) * (n - 2) for i in record["errors"]}
+            self.volumes += math.comb(n, 2)
             self.skipped |= dict(record["skipped"])
             self.empty |= set(record["empty"])
-            self.volumes += record["volumes"]
         if not self.errors:
             counts = f"{len(self.skipped)} unreadable, {len(self.empty)} without foreground"
             first = f"; the first: {min(self.skipped.values())}" if self.skipped else ""
@@ -644,11 +669,13 @@ class Labeller:
             for k, some in classes.items():
                 self.groups["pairs"] += [(split, k, g) for g in split_cliques(some, size) if len(g) >= 3]
         if not self.groups["pairs"]:
-            raise ValueError(f"--keep {cfg.keep} leaves no class three images; keep more, or choose with --keep-by all")
+            raise ValueError(
+                f"--keep {cfg.keep} and --drop-worst {cfg.drop_worst} leave no class three images; keep more"
+            )
+        self.best = {i for some in self.kept.values() for i in some}
         if self.truth or cfg.draw:
-            best = {i for some in self.kept.values() for i in some}
             for k, some in self.members.items():
-                rest = split_cliques([i for i in some if i in self.errors and i not in best], size)
+                rest = split_cliques([i for i in some if i in self.errors and i not in self.best], size)
                 # of photographs, one clique a class shows enough
                 self.groups["dropped"] += [("dropped", k, g) for g in rest[: None if self.truth else 1] if len(g) >= 3]
         for step, groups in self.groups.items():
@@ -656,36 +683,34 @@ class Labeller:
             def make(number: int, item: dict, groups=groups) -> dict:
                 split, k, _ = groups[number]
                 clique, _ = self.clique(item)
-                record = {"split": split, "class": k, "images": {}, "pairs": [], "volumes": 0}
+                record = {"split": split, "class": k, "images": {}, "pairs": []}
                 if clique:
-                    n = len(clique.index)
                     pairs = pair_matches(clique, *self.maps(clique, matched=True), cfg)
                     for rank, pair in enumerate(sorted(pairs, key=lambda p: p["score"])):
-                        pair |= {"src": clique.index[pair["src"]], "trg": clique.index[pair["trg"]]}
-                        record["pairs"].append(pair | {"kept": split != "dropped" and rank < cfg.pairs * n})
+                        kept = split != "dropped" and rank < cfg.pairs * len(clique.index)
+                        pair |= {"src": clique.index[pair["src"]], "trg": clique.index[pair["trg"]], "kept": kept}
+                        record["pairs"].append(pair)
                     frames = zip(clique.index, clique.sizes, clique.boxes)
                     record["images"] = {i: {"size": size, "box": box} for i, size, box in frames}
-                    record["volumes"] = math.comb(n, 2)
                 return record
 
-            costs, found = [math.comb(len(group), 2) for *_, group in groups], 0
-            for record in self.shards(step, self.clique_set([g for *_, g in groups]), costs, "pairs", make):
-                self.volumes += record["volumes"] if step == "pairs" else 0
-                found += len(record["pairs"])
-            if step == "pairs" and not found:
-                raise ValueError(f"no pair has --fewest {cfg.fewest} matches; ask for fewer, or a larger --size")
+            costs = [math.comb(len(group), 2) for *_, group in groups]
+            self.shards(step, self.clique_set([g for *_, g in groups]), costs, "pairs", make)
 
     @property
     def truth(self) -> bool:
         """Whether the true partner of any point is known."""
         return isinstance(self.images, data.Shapes)
 
+    def records(self, step: str) -> Iterator[dict]:
+        """The shards of a step of pairs."""
+        numbers = range(len(self.groups[step]))
+        for number in progress(numbers, desc=f"reading {step}", leave=False):
+            yield read_json(Path(self.cfg.out, "work", step, f"{number:06d}.json"))
+
     def merge(self) -> dict:
         """The label set from the shards of pairs, its summary and its pictures, by one process."""
         cfg, out, names = self.cfg, Path(self.cfg.out), self.images.classes
-        data.write_label_tree(
-            out, self.images, (read_shard(out / "work/pairs", k) for k in range(len(self.groups["pairs"]))), cfg.images
-        )
         entries, judged, used, rows = [], [], set(), {}
         for k, (name, members) in enumerate(zip(names, self.images.members())):
             mine = [i for i in members if i in self.errors]
@@ -696,9 +721,9 @@ class Labeller:
                 "error": round(float(np.mean([self.errors[i] for i in mine])), 4) if mine else None,
                 "kept": len(self.kept.get(k, [])),
             } | dict.fromkeys(("trn", "val", "points"), 0)
-        for step, groups in self.groups.items():
-            for number in range(len(groups)):
-                record = read_shard(out / "work" / step, number)
+        for step in self.groups:
+            for number, record in enumerate(self.records(step)):
+                self.volumes += math.comb(len(record["images"]), 2) if step == "pairs" else 0
                 for place, pair in enumerate(record["pairs"]):
                     kind = "kept" if pair["kept"] else "dropped images" if step == "dropped" else "dropped pairs"
                     entries.append((kind, pair["score"], step, number, place))
@@ -708,23 +733,27 @@ class Labeller:
                         rows[names[record["class"]]]["points"] += len(pair["errors"])
                     if self.truth:
                         judged += [(kind, *both) for both in zip(pair["errors"], precision(self.images, pair))]
+        if not used:
+            raise ValueError(f"no pair has --fewest {cfg.fewest} matches; ask for fewer, or a larger --size")
+        data.write_label_tree(out, self.images, self.records("pairs"), cfg.images)
+
+        empty = [f"empty file: {path}" for path in self.images.empty]
+        funnel = {"seen": self.seen + len(empty), "unreadable": len(self.skipped) + len(empty)}
+        if self.use_detector:
+            funnel["without_a_single_object"] = self.seen - len(self.boxes) - len(self.undetected)
+        funnel |= {"without_foreground": len(self.empty), "measured": len(self.errors)}
+        funnel["alone"] = 2 * funnel["seen"] - sum(funnel.values())  # in classes or cliques with fewer than three
         summary = {
-            "config": dataclasses.asdict(cfg) | {"size": self.cascade.cfg.size},
-            "images": {
-                "seen": len(self.images) + len(self.images.empty),
-                "unreadable": len(self.skipped) + len(self.images.empty),
-                "without_foreground": len(self.empty),
-                "measured": len(self.errors),
-                "kept": sum(row["kept"] for row in rows.values()),
-                "used": len(used),
-            },
+            "config": dataclasses.asdict(cfg) | {"size": self.cascade.cfg.size, "cap": min(cfg.cap, 1e9)},
+            "box": "detector" if self.use_detector else "foreground",
+            "images": funnel | {"kept": len(self.best), "used": len(used)},
             "loops": sum(self.loops.values()),
             "volumes": self.volumes,
             "pairs": {split: sum(row[split] for row in rows.values()) for split in ("trn", "val")},
             "points": sum(row["points"] for row in rows.values()),
             "image_error_quantiles": quantiles(list(self.errors.values())),
             "pair_error_quantiles": quantiles([score for kind, score, *_ in entries if kind == "kept"]),
-            "unreadable": sorted(self.skipped.values()) + [f"empty file: {path}" for path in self.images.empty],
+            "unreadable": sorted(self.skipped.values()) + empty,
             "worst_classes": sorted(names[k] for k in self.worst),
             "classes": rows,
         }
@@ -733,14 +762,11 @@ class Labeller:
         data.write_whole(out / "summary.json", json.dumps(summary, indent=1))
         if cfg.draw:
             draw_pages(out, self.images, entries, cfg)
-            best = {i for some in self.kept.values() for i in some}
-            histograms = []
-            for some in (self.errors.keys(), best):
-                lists = {name: [] for name in rows if rows[name]["measured"]}
-                for i in some:
-                    lists[names[self.images.labels[i]]].append(self.errors[i])
-                histograms.append(lists)
-            draw_histograms(*histograms).save(out / "drawn" / "errors.png")
+            lists = [{name: [] for name in rows if rows[name]["measured"]} for _ in range(2)]
+            for i, error in self.errors.items():
+                for some in lists if i in self.best else lists[:1]:
+                    some[names[self.images.labels[i]]].append(error)
+            draw_histograms(*lists).save(out / "drawn" / "errors.png")
         return summary
 
 
@@ -751,14 +777,11 @@ def check(cfg: LabelConfig) -> None:
     for name, known in (("dataset", ("shapes", "folder")), ("keep_by", ("class", "all")), ("images", ("link", "copy"))):
         if getattr(cfg, name) not in known:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {' or '.join(known)}")
-    limits = {"loops": (2, 10**6), "cap": (0, math.inf), "keep": (0, 1), "drop_worst": (0, 1), "val": (0, 0.5)}
-    limits |= {
-        "pairs": (1, 1000),
-        "points": (1, 40),
-        "fewest": (1, cfg.points),
-        "batch": (1, 10**6),
-        "draw": (0, 10**6),
-    }
+    if cfg.dataset == "shapes" and cfg.saliency not in ("auto", "attention", "none"):
+        raise ValueError(f"--saliency {cfg.saliency}: shapes have silhouettes of their own; auto, attention or none")
+    limits = {"loops": (2, 10**6), "cap": (1e-3, math.inf), "keep": (0, 1), "drop_worst": (0, 0.99), "val": (0, 0.5)}
+    limits |= {"pairs": (1, 1000), "points": (1, 40), "fewest": (1, cfg.points), "batch": (1, 10**6), "draw": (0, 500)}
+    limits |= {"size": (0, 10**4), "seed": (0, 2**63), "workers": (0, 1000)}
     for name, (low, high) in limits.items():
         if not low <= getattr(cfg, name) <= high:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: from {low} to {high}")
@@ -774,8 +797,11 @@ def print_summary(summary: dict, out: str) -> None:
         counts = f"{row['kept']:7d}{row['trn']:8d}{row['val']:7d}{row['points']:9d}"
         print(f"{name[:23]:24s}{row['measured']:8d}{row['loops']:8d}{error:>9s}{counts}")
     print("images: " + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in summary["images"].items()))
+    print(f"boxes are those of the {summary['box']}")
     for text in summary["unreadable"][:5]:
         print(f"    {text}", file=sys.stderr)
+    if summary["unreadable"]:
+        print(f"    to read them again, delete {out}/work", file=sys.stderr)
     pairs = sum(summary["pairs"].values())
     print(f"{summary['loops']:,} closed loops and {pairs:,} pairs from {summary['volumes']:,} volumes")
     for name in ("image", "pair"):
@@ -785,7 +811,7 @@ def print_summary(summary: dict, out: str) -> None:
         print(f"right within a tenth of the box, {kind}: {share} % of {count:,} matches")
     trn, val = summary["pairs"].values()
     if not val:
-        print("val is empty, for want of classes with six kept images or by --val 0; CATs wants one", file=sys.stderr)
+        print("val has no pairs, and the loaders want some: see --val, --keep and --fewest", file=sys.stderr)
     print(f"{out}/SC-ImageNet: {trn:,} trn and {val:,} val pairs, {summary['points'] / pairs:.1f} points a pair")
 
 

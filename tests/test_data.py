@@ -706,3 +706,10 @@ def test_unknown_shapes_and_splits_are_named_with_the_known_ones():
     for build in (data.Shapes, data.shapes_pairs):
         with pytest.raises(ValueError, match="holdout.*train"):
             build("holdout")
+
+
+def test_sixteen_bit_pictures_keep_their_tones(tmp_path):
+    ramp = np.linspace(0, 65535, 60).astype(np.uint16).reshape(6, 10)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    found = np.asarray(data.open_image(tmp_path / "deep.png"))[..., 0]
+    assert np.abs(found.astype(float) - ramp / 257).max() <= 1

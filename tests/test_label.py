@@ -203,7 +203,7 @@ def test_the_foregrounds_box_covers_its_cells_in_whole_pixels():
 
 
 def test_cliques_hold_the_asked_number_of_loops():
-    assert [LabelConfig(loops=n).clique for n in (2, 100, 110, 111)] == [3, 12, 12, 13]
+    assert [LabelConfig(loops=n).clique_size for n in (2, 100, 110, 111)] == [3, 12, 12, 13]
     for count in range(1, 60):
         cut = label.split_cliques(list(range(count)), 12)
         assert sum(cut, []) == list(range(count))
@@ -277,16 +277,12 @@ def test_a_detector_keeps_single_instances_and_its_box_bounds_the_points(tmp_pat
         draw_shape("fish", k, 64)["image"].resize(size).save(path)
     checkpoint = small_checkpoint(tmp_path)
     monkeypatch.setattr(label, "load_detector", lambda weights, device: OneOrTwoObjects())
-    options = dict(dataset="folder", root=str(tmp_path / "root"), loops=2, keep=1.0, fewest=1, val=0.0, device="cpu")
+    options = dict(
+        dataset="folder", root=str(tmp_path / "root"), loops=2, cap=9.0, keep=1.0, fewest=1, val=0.0, device="cpu"
+    )
     summary = label.label(LabelConfig(checkpoint, out=str(tmp_path / "out"), detector=True, **options))
-    assert summary["images"] == {
-        "seen": 8,
-        "unreadable": 0,
-        "without_foreground": 0,
-        "measured": 6,
-        "kept": 6,
-        "used": 6,
-    }
+    funnel = {"seen": 8, "unreadable": 0, "without_a_single_object": 2, "without_foreground": 0, "measured": 6}
+    assert summary["images"] == funnel | {"alone": 0, "kept": 6, "used": 6} and summary["box"] == "detector"
     files = list((tmp_path / "out/SC-ImageNet/PairAnnotation/trn").iterdir())
     assert len(files) == summary["pairs"]["trn"] > 0
     for file in files:
@@ -316,7 +312,7 @@ def test_a_file_that_is_no_detector_is_refused_in_one_line(tmp_path):
 
 
 def test_precision_counts_right_matches_by_kind_and_by_loop_error():
-    judged = [("kept", 0.01, True), ("kept", 0.03, False), ("kept", 0.1, True), ("dropped images", 0.05, False)]
+    judged = [("kept", 0.01, True), ("kept", 0.025, False), ("kept", 0.1, True), ("dropped images", 0.05, False)]
     assert label.precision_table(judged, 0.1) == {
         "kept": [66.7, 3],
         "dropped images": [0.0, 1],
@@ -348,3 +344,44 @@ def test_a_labelled_pair_is_drawn_green_where_loops_close_and_red_where_they_mis
     page = draw_pair(images, pair)
     good, bad = (page.getpixel((100, 14 + y)) for y in (40, 120))
     assert good[1] > 200 and good[0] < 60 and bad[0] > 200 and bad[1] < 60
+
+
+def test_exactly_half_of_the_other_images_are_enough():
+    clique, maps, partners = shifted_clique(26, 2, 3)
+    maps[14:, 1] += torch.tensor([2.0, 0.0])  # 12 of 24 send the points of 0 elsewhere in 1
+    (pair,) = (p for p in pair_matches(clique, maps, partners, LabelConfig(fewest=1)) if {p["src"], p["trg"]} == {0, 1})
+    assert len(pair["src_kps"]) == 6 and pair["score"] == pytest.approx(0.05)
+    maps[13, 1] += torch.tensor([2.0, 0.0])
+    pairs = pair_matches(clique, maps, partners, LabelConfig(fewest=1))
+    assert not [p for p in pairs if {p["src"], p["trg"]} == {0, 1}]
+
+
+def test_matches_none_of_whose_loops_closes_are_dropped():
+    clique, maps, partners = shifted_clique(4, 4, 5)
+    maps[1, 0, 2, 3] += torch.tensor([0.0, 2.0])  # where every loop over cell 13 of 1 comes back
+    found = pair_matches(clique, maps, partners, LabelConfig(fewest=1))
+    (pair,) = (p for p in found if (p["src"], p["trg"]) == (0, 1))
+    assert len(pair["src_kps"]) == 19 and [34.5, 24.5] not in pair["src_kps"]
+    found = pair_matches(clique, maps, partners, LabelConfig(fewest=1, cap=9.0))
+    (pair,) = (p for p in found if (p["src"], p["trg"]) == (0, 1))
+    assert len(pair["src_kps"]) == 20 and max(pair["errors"]) == pytest.approx(20 / 50)
+
+
+def test_shards_of_other_images_are_refused_after_a_repair(tmp_path):
+    root = tmp_path / "root"
+    for k in range(9):
+        (root / "fish").mkdir(parents=True, exist_ok=True)
+        draw_shape("fish", k, 64)["image"].save(root / "fish" / f"{k}.png")
+    whole = (root / "fish/4.png").read_bytes()
+    (root / "fish/4.png").write_bytes(whole[:500])
+    options = dict(dataset="folder", root=str(root), loops=2, cap=9.0, keep=1.0, fewest=1, device="cpu")
+    cfg = LabelConfig(small_checkpoint(tmp_path), out=str(tmp_path / "out"), **options)
+    assert label.label(cfg)["images"]["unreadable"] == 1
+    (root / "fish/4.png").write_bytes(whole)
+    assert label.label(cfg)["images"]["unreadable"] == 1  # the shard stands, and the command line says how to remake it
+    for shard in (tmp_path / "out/work/loops").iterdir():
+        shard.unlink()
+    with pytest.raises(
+        ValueError, match=r"work/pairs was made with groups \w+, not \w+; give another --out, or delete"
+    ):
+        label.label(cfg)

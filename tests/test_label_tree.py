@@ -21,7 +21,7 @@ from test_train import ROOT, SMALL
 
 from shapes import draw_shape
 
-FLAGS = "--dataset folder --keep 0.8 --fewest 1 --loops 6 --pairs 2 --val 0.5 --batch 4 --device cpu --size 64".split()
+FLAGS = "--dataset folder --keep 0.8 --fewest 1 --cap 9 --loops 6 --pairs 2 --val 0.5 --batch 4 --size 64".split()
 PLAIN = {"n0-1": "n0_1", "n0:1": "n0_1_2", "a [b]*?": "a_b_", "plain": "plain"}  # two sanitise to the same name
 FILES = ["x-1.png", "x:1.jpg", "{}_7.png", "odd name.png", "2_5.png", "5.png", "5.jpg", "y[1]*?.jpeg", "Ü-.PNG"]
 SIZES = [(90, 60), (60, 90), (96, 96), (64, 50), (7, 40)]  # the last has more cells than pixels in a row
