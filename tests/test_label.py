@@ -350,7 +350,7 @@ def test_exactly_half_of_the_other_images_are_enough():
     clique, maps, partners = shifted_clique(26, 2, 3)
     maps[14:, 1] += torch.tensor([2.0, 0.0])  # 12 of 24 send the points of 0 elsewhere in 1
     (pair,) = (p for p in pair_matches(clique, maps, partners, LabelConfig(fewest=1)) if {p["src"], p["trg"]} == {0, 1})
-    assert len(pair["src_kps"]) == 6 and pair["score"] == pytest.approx(0.05)
+    assert len(pair["src_kps"]) == 6
     maps[13, 1] += torch.tensor([2.0, 0.0])
     pairs = pair_matches(clique, maps, partners, LabelConfig(fewest=1))
     assert not [p for p in pairs if {p["src"], p["trg"]} == {0, 1}]
