@@ -675,9 +675,9 @@ class Labeller:
         self.best = {i for some in self.kept.values() for i in some}
         if self.truth or cfg.draw:
             for k, some in self.members.items():
-                rest = split_cliques([i for i in some if i in self.errors and i not in self.best], size)
-                # of photographs, one clique a class shows enough
-                self.groups["dropped"] += [("dropped", k, g) for g in rest[: None if self.truth else 1] if len(g) >= 3]
+                rest = [i for i in some if i in self.errors and i not in self.best]
+                cut = split_cliques(rest, size) if self.truth else [rest[:6]]  # of photographs, a few to look at
+                self.groups["dropped"] += [("dropped", k, group) for group in cut if len(group) >= 3]
         for step, groups in self.groups.items():
 
             def make(number: int, item: dict, groups=groups) -> dict:
