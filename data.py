@@ -10,12 +10,19 @@ are the only places that know.
 
 import contextlib
 import csv
+import functools
+import importlib.util
+import itertools
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable
+import tarfile
+import tempfile
+import urllib.request
+import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +31,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
 
 from shapes import SHAPE_CLASSES, draw_shape
 
@@ -135,6 +143,182 @@ def random_box(size: tuple[int, int], rng: np.random.Generator) -> tuple[float, 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Benchmarks on disk: where they lie, where they come from, their lists
+
+
+class Benchmark(NamedTuple):
+    """A benchmark's folder, and where to get it."""
+
+    title: str
+    folders: tuple[str, ...]  # the names it goes by; a download makes the first
+    holds: str  # a folder in every copy of it
+    layout: str  # what is in it; where it is from
+    archive: str = ""  # address of a zip or tar with one of the folders in it
+    lists: dict[str, str] = {}  # pair lists that the archive may lack, and their addresses
+
+
+WILLOW = "http://www.di.ens.fr/willow/research"
+BENCHMARKS = {
+    "pfwillow": Benchmark(
+        "PF-WILLOW",
+        ("PF-WILLOW", "PF-dataset", "PF-dataset-WILLOW"),
+        "car(G)",
+        "<folder>/<image>.png, test_pairs.csv or test_pairs_pf.csv or a .mat beside every image;"
+        " from www.di.ens.fr/willow/research/proposalflow",
+        f"{WILLOW}/proposalflow/dataset/PF-dataset.zip",
+        {"test_pairs_pf.csv": f"{WILLOW}/cnngeometric/other_resources/test_pairs_pf.csv"},
+    ),
+    "pfpascal": Benchmark(
+        "PF-PASCAL",
+        ("PF-PASCAL", "PF-dataset-PASCAL"),
+        "JPEGImages",
+        "JPEGImages/<image>.jpg, Annotations/<class>/<image>.mat, {trn,val,test}_pairs.csv or"
+        " {train,val,test}_pairs_pf_pascal.csv; from www.di.ens.fr/willow/research/proposalflow",
+        f"{WILLOW}/proposalflow/dataset/PF-dataset-PASCAL.zip",
+        {
+            "test_pairs_pf_pascal.csv": f"{WILLOW}/cnngeometric/other_resources/test_pairs_pf_pascal.csv",
+            "val_pairs_pf_pascal.csv": f"{WILLOW}/cnngeometric/other_resources/val_pairs_pf_pascal.csv",
+            "train_pairs_pf_pascal.csv": "https://drive.usercontent.google.com/download"
+            "?id=111tpXshLiJ4qudBHoGK3HbMSNr9vVRq9&export=download&confirm=t",
+        },
+    ),
+    "spair": Benchmark(
+        "SPair-71k",
+        ("SPair-71k",),
+        "JPEGImages",
+        "JPEGImages/<category>/<id>.jpg, PairAnnotation/<split>/<pair>.json, Layout/{large,small}/{trn,val,test}.txt;"
+        " from cvlab.postech.ac.kr/research/SPair-71k",
+        "http://cvlab.postech.ac.kr/research/SPair-71k/data/SPair-71k.tar.gz",
+    ),
+    "labels": Benchmark(
+        "label set",
+        ("SC-ImageNet", "SC-IMAGENET"),
+        "JPEGImages",
+        "JPEGImages/<category>/<category>_<id>.JPEG, PairAnnotation/<split>/<pair>.json, Layout/large/{trn,val}.txt;"
+        " from label.py or, the authors' own, github.com/21210240056/SC-ImageNet",
+    ),
+}
+
+
+def benchmark_file(name: str, root: str | None, *files: str) -> Path:
+    """The first of some files in a benchmark's folder: root, or one of its names in root."""
+    title, folders, _, layout, archive, _ = BENCHMARKS[name]
+    for path in (Path(root or "", folder, file) for folder in ("", *folders) for file in files):
+        if path.exists():
+            return path
+    raise ValueError(
+        f"{title} folder {root or '.'}: expected {' or '.join(files)} in it, or in {' or '.join(folders)} inside it;"
+        f" the layout: {layout}{', or by evaluate.py --download' * bool(archive)}"
+    )
+
+
+def fetch(url: str, path: Path) -> None:
+    """Download a file with a progress bar; OSError if less arrives than was announced."""
+    with urllib.request.urlopen(url, timeout=60) as answer, open(path, "wb") as file:
+        length = int(answer.headers.get("Content-Length") or 0)
+        with tqdm(total=length or None, desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
+            while chunk := answer.read(1 << 20):
+                file.write(chunk)
+                bar.update(len(chunk))
+        if length and file.tell() != length:
+            raise OSError(f"{file.tell()} of {length} bytes arrived")
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a zip or tar; any kind of error for a damaged one, and for a member whose place is outside the folder."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as packed:
+            for member in packed.namelist():
+                if not (folder / member).resolve().is_relative_to(folder.resolve()):
+                    raise ValueError(f"{member!r} would be unpacked outside its folder")
+            packed.extractall(folder)
+    else:
+        with tarfile.open(archive) as packed:
+            packed.extractall(folder, filter="data")
+
+
+def download(name: str, root: str | None) -> None:
+    """Fetch a benchmark into its folder in root, unless it is there; ValueError, in one line, leaves nothing behind."""
+    if name not in (known := [key for key, benchmark in BENCHMARKS.items() if benchmark.archive]):
+        raise ValueError(f"--download: nothing to fetch for {name}; known: {', '.join(known)}")
+    title, folders, holds, _, url, lists = BENCHMARKS[name]
+    target, at = Path(root or "", folders[0]), url
+    if target.exists() or any(Path(root or "", folder, holds).is_dir() for folder in ("", *folders)):
+        return
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{title}.", dir=target.parent) as temporary:
+            archive, content = Path(temporary, title), Path(temporary, "content")
+            fetch(url, archive)
+            unpack(archive, content)
+            found = [content / folder for folder in folders if (content / folder / holds).is_dir()]
+            if not found:
+                raise ValueError(f"no {' or '.join(f'{folder}/{holds}' for folder in folders)} in it")
+            for file, at in lists.items():
+                if not (place := found[0] / file).exists():
+                    fetch(at, place)
+                    if place.read_bytes().lstrip()[:1] == b"<":
+                        raise ValueError("a web page came instead of the list")
+            found[0].rename(target)
+    except Exception as error:  # networks and damaged archives raise many kinds
+        rest = f" and put {', '.join(lists.values())} into it" * bool(lists)
+        by_hand = f"by hand: unpack {url} as {target}{rest}"
+        raise ValueError(f"cannot download {at}: {' '.join(str(error).split())}; nothing was kept; {by_hand}") from None
+
+
+def read_rows(path: Path) -> list[tuple[int, list[str]]]:
+    """A CSV file's header and rows with their line numbers, cells stripped, blank lines left out."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    if not rows:
+        raise ValueError(f"{path}: empty, expected a header and rows")
+    return rows
+
+
+def layout_lines(path: Path) -> Iterator[tuple[int, str, str, str, str]]:
+    """Lines `seq-source-target:category` of a layout file: number, the line, source, target, category."""
+    for number, line in enumerate(path.read_text().split(), 1):
+        try:
+            ids, category = line.split(":")
+            _, src, trg = ids.split("-")
+        except ValueError:
+            raise ValueError(f"{path} line {number}: {line!r} is not seq-source-target:category") from None
+        yield number, line, src, trg, category
+
+
+PASCAL_CLASSES = [
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+]
+
+
+def pfpascal_list(root: str | None, split: str) -> Path:
+    """The list of a split: trn, val or test."""
+    ncnet = f"{split.replace('trn', 'train')}_pairs_pf_pascal.csv"
+    return benchmark_file("pfpascal", root, f"{split}_pairs.csv", ncnet)
+
+
+def pfpascal_rows(path: Path) -> Iterator[tuple[int, Path, Path, str, bool, list[str]]]:
+    """Rows of a list of PF-PASCAL: line, both images, class, flip, and XA, YA, XB, YB where it has them."""
+    (_, header), *rows = read_rows(path)
+    folder, known = path.parent / "JPEGImages", dict(enumerate(PASCAL_CLASSES, 1))
+    for number, row in rows:
+        try:
+            src, trg, label, *rest = row
+            name, flip = known[int(label)], len(rest) == 1 and bool(("0", "1").index(rest[0]))
+            if len(row) != len(header) or len(rest) in (2, 3):
+                raise ValueError
+        except (ValueError, KeyError):
+            wanted = "source,target,class 1 to 20,flip 0 or 1 (test: XA,YA,XB,YB instead), as in the header"
+            raise ValueError(f"{path} line {number}: expected {wanted}") from None
+        yield number, folder / Path(src).name, folder / Path(trg).name, name, flip, rest[:4] if len(rest) > 1 else []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Training sets: images with class labels
 
 
@@ -149,6 +333,8 @@ class ImageSet:
             raise ValueError(f"--saliency {saliency}: no such folder; expected <class>/<image name>_sal.png in it")
         self.paths, self.labels, self.classes, self.saliency = paths, labels, classes, saliency
         self.empty: list[Path] = []  # files of no bytes that were left out
+        self.mirrored: set[int] = set()  # images that are turned left to right when loaded
+        self.upright = False  # turn images as their cameras' tags say
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -164,7 +350,10 @@ class ImageSet:
         """RGB image and its saliency map (mode F, [0, 1]) or None; ValueError for a file that cannot be read."""
         path = self.paths[index]
         sal = Path(self.saliency, self.classes[self.labels[index]], f"{path.stem}_sal.png") if self.saliency else None
-        return open_image(path), open_saliency(sal) if sal else None
+        image, saliency = open_image(path, self.upright), open_saliency(sal) if sal else None
+        if index in self.mirrored:
+            return ImageOps.mirror(image), saliency and ImageOps.mirror(saliency)
+        return image, saliency
 
     def substitutes(self, index: int) -> list[int]:
         """Images to fall back on, in order, where this one cannot be read: the rest of its class."""
@@ -229,48 +418,22 @@ def class_folders(root: str | None, saliency: str | None = None) -> ImageSet:
 
 
 def spair_train(root: str | None, saliency: str | None = None) -> PairedSet:
-    """The weak pairs of SPair-71k's large training layout: lines `seq-source-target:category`."""
-    layout = Path(root or "", "Layout", "large", "trn.txt")
-    if not layout.is_file():
-        raise ValueError(f"--root {root}: expected SPair-71k with JPEGImages/<category>/ and Layout/large/trn.txt")
+    """The weak pairs of SPair-71k's large training layout."""
+    layout = benchmark_file("spair", root, "Layout/large/trn.txt")
     pairs = []
-    for number, line in enumerate(layout.read_text().split(), 1):
-        try:
-            ids, category = line.split(":")
-            _, src, trg = ids.split("-")
-        except ValueError:
-            raise ValueError(f"{layout} line {number}: {line!r} is not seq-source-target:category") from None
-        folder = Path(root or "", "JPEGImages", category)
+    for _, _, src, trg, category in layout_lines(layout):
+        folder = layout.parents[2] / "JPEGImages" / category
         pairs.append((folder / f"{src}.jpg", folder / f"{trg}.jpg", category))
     return PairedSet(pairs, saliency)
 
 
-PASCAL_CLASSES = [
-    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
-]
-
-
 def pfpascal_train(root: str | None, saliency: str | None = None) -> PairedSet:
-    """The weak pairs of PF-PASCAL's training split (trn_pairs.csv, or NCNet's train_pairs_pf_pascal.csv).
+    """The weak pairs of PF-PASCAL's training split.
 
     Rows with flip 1 repeat the others mirrored; training mirrors at random, so they are left out.
     """
-    found = [p for p in (Path(root or "", n) for n in ("trn_pairs.csv", "train_pairs_pf_pascal.csv")) if p.is_file()]
-    if not found:
-        raise ValueError(f"--root {root}: expected PF-PASCAL with JPEGImages/ and trn_pairs.csv")
-    with open(found[0], newline="") as file:
-        rows = list(csv.reader(file))[1:]
-    folder, pairs, known = Path(root or "", "JPEGImages"), [], dict(enumerate(PASCAL_CLASSES, 1))
-    for number, row in enumerate(rows, 2):
-        try:
-            src, trg, label, flip = row
-            name, flip = known[int(label)], int(flip)
-        except (ValueError, KeyError):
-            raise ValueError(f"{found[0]} line {number}: expected source,target,class 1 to 20,flip 0 or 1") from None
-        if not flip:
-            pairs.append((folder / Path(src).name, folder / Path(trg).name, name))
-    return PairedSet(pairs, saliency)
+    rows = pfpascal_rows(pfpascal_list(root, "trn"))
+    return PairedSet([(src, trg, name) for _, src, trg, name, flip, _ in rows if not flip], saliency)
 
 
 class TrainPairs(Dataset):
@@ -349,22 +512,36 @@ class PairStream(Sampler):
 # Keypoint sets: annotated pairs to score on
 
 
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of its image
+
+
 class KeypointPair(NamedTuple):
-    """Two images by their ids in a KeypointSet, corresponding points and the target object's extent."""
+    """Two images by their ids in a KeypointSet, corresponding points and the boxes of both objects."""
 
     src: int
     trg: int
     src_kps: Tensor  # (n, 2) pixels of the source image
     trg_kps: Tensor  # (n, 2) pixels of the target image
     category: str
-    extent: float  # longer side of the target object's box in target pixels: d of PCK, rule "bbox"
+    src_box: Box
+    trg_box: Box
+    codes: dict[str, int] = {}  # the difficulties of CODES, on SPair-71k and label sets
+
+    @property
+    def extent(self) -> float:
+        """Longer side of the target object's box in target pixels: d of PCK, rule "bbox"."""
+        x0, y0, x1, y1 = self.trg_box
+        return max(x1 - x0, y1 - y0)
 
 
 class KeypointSet:
-    """Images and annotated pairs of them; `load(id)` gives an RGB image and its saliency map or None."""
+    """Images and annotated pairs of them; `load(id)` gives an RGB image and its saliency map or None.
 
-    def __init__(self, name: str, images: ImageSet, pairs: list[KeypointPair]) -> None:
-        self.name, self.images, self.pairs, self.sizes = name, images, pairs, {}
+    rule: the benchmark's own d of PCK, "bbox" (longer side of the target's box) or "img" (of the target image).
+    """
+
+    def __init__(self, name: str, images: ImageSet, pairs: list[KeypointPair], rule: str = "bbox") -> None:
+        self.name, self.images, self.pairs, self.rule, self.sizes = name, images, pairs, rule, {}
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -379,37 +556,205 @@ class KeypointSet:
         return self.images.load(index)
 
 
-def pfwillow(root: str | None) -> KeypointSet:
-    """PF-WILLOW's 900 pairs from test_pairs.csv: paths in columns 0 and 1, then ten x and ten y of either image.
+def gather(name: str, origin: Path, found: list[tuple], rule: str = "bbox") -> KeypointSet:
+    """A KeypointSet of pairs that name their images by (path, mirrored): every distinct image gets one id.
 
-    The extent is the longer side of the box around the target's points (rule "bbox": no padding enters it).
+    Its label is the category of the first pair that shows it. origin: the list, named if it has no pairs.
     """
-    found = [p for p in (Path(root or "", n) for n in ("test_pairs.csv", "test_pairs_pf.csv")) if p.is_file()]
     if not found:
-        raise ValueError(
-            f"PF-WILLOW folder {root}: expected test_pairs.csv and <folder>/<image>.png"
-            " (www.di.ens.fr/willow/research/proposalflow)"
-        )
-    with open(found[0], newline="") as file:
-        rows = list(csv.reader(file))[1:]
-    ids: dict[tuple[str, str], int] = {}
-    pairs = []
-    for number, row in enumerate(rows, 2):
+        raise ValueError(f"{origin}: no pairs in it")
+    shown: dict[tuple[Path, bool], str] = {}
+    for src, trg, _, _, category, *_ in found:
+        shown.setdefault(src, category)
+        shown.setdefault(trg, category)
+    classes, ids = sorted(set(shown.values())), {image: k for k, image in enumerate(shown)}
+    images = ImageSet([path for path, _ in shown], [classes.index(label) for label in shown.values()], classes)
+    images.mirrored = {ids[image] for image in shown if image[1]}
+    return KeypointSet(name, images, [KeypointPair(ids[src], ids[trg], *rest) for src, trg, *rest in found], rule)
+
+
+def point_tensors(src: Iterable, trg: Iterable) -> tuple[Tensor, Tensor]:
+    """Two lists of points as float tensors (n, 2); ValueError unless equally many, at least one, and finite."""
+    kps = [torch.tensor(points, dtype=torch.float32) for points in (src, trg)]
+    if not all(len(k) == len(kps[0]) > 0 and k.shape[1:] == (2,) and k.isfinite().all() for k in kps):
+        counts = f"{len(kps[0])} source and {len(kps[1])} target points"
+        raise ValueError(f"{counts}: expected equally many, at least one, each of two finite coordinates")
+    return kps[0], kps[1]
+
+
+def point_columns(texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Columns XA, YA, XB, YB, each numbers joined by ';', as source and target points (n, 2)."""
+    numbers = [[float(v) for v in text.removesuffix(";").split(";")] if text else [] for text in texts]
+    if len({len(column) for column in numbers}) > 1:
+        raise ValueError(f"XA, YA, XB and YB hold {', '.join(str(len(column)) for column in numbers)} numbers")
+    return point_tensors(list(zip(*numbers[:2])), list(zip(*numbers[2:])))
+
+
+def span(kps: Tensor) -> Box:
+    """The box round points (n, 2)."""
+    return (*kps.amin(0).tolist(), *kps.amax(0).tolist())
+
+
+def read_mat(path: Path, **shapes: tuple[int, int]) -> list[np.ndarray]:
+    """Variables of a MATLAB file, each a matrix of a given shape, -1 for any length; ValueError names the file."""
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise ValueError(f"{path}: .mat files are read with scipy: pip install scipy") from None
+    try:
+        content = loadmat(str(path), variable_names=list(shapes))
+        found = [np.asarray(content[name], np.float64) for name in shapes]
+    except Exception as error:  # a damaged file raises many kinds
+        raise ValueError(f"cannot read {' and '.join(shapes)} of {path}: {error}") from None
+    for array, (name, (rows, columns)) in zip(found, shapes.items()):
+        if array.shape != (len(array) if rows < 0 else rows, columns) or not len(array):
+            raise ValueError(f"{path}: {name} is a matrix of {array.shape}, not of {rows, columns}")
+    return found
+
+
+WILLOW_FOLDERS = [
+    *("car(G)", "car(M)", "car(S)", "duck(S)", "motorbike(G)", "motorbike(M)", "motorbike(S)"),
+    *("winebottle(M)", "winebottle(wC)", "winebottle(woC)"),
+]
+
+
+def willow_from_mats(root: Path) -> Iterator[tuple[list[Path], tuple[Tensor, Tensor]]]:
+    """Images and points of PF-WILLOW's 900 pairs: all ordered pairs of a folder's ten images."""
+    for name in WILLOW_FOLDERS:
+        files = sorted((root / name).glob("*.mat"))
+        if len(files) != 10:
+            raise ValueError(f"{root / name}: {len(files)} .mat files; where no list is, ten are expected")
+        points = [read_mat(file, pts_coord=(2, 10))[0].T for file in files]
+        for i, j in itertools.permutations(range(10), 2):
+            yield [files[k].with_suffix(".png") for k in (i, j)], point_tensors(points[i], points[j])
+
+
+def willow_from_csv(path: Path) -> Iterator[tuple[list[Path], tuple[Tensor, Tensor]]]:
+    """The same from a list: paths in columns 0 and 1, then ten x and ten y of either image."""
+    for number, row in read_rows(path)[1:]:
         try:
-            kps = torch.tensor([float(v) for v in row[2:]]).view(2, 2, 10).transpose(1, 2)  # (image, point, xy)
-            (folder, _), _ = names = [tuple(Path(p).parts[-2:]) for p in row[:2]]
-            if not kps.isfinite().all() or len(names[1]) < 2:
-                raise ValueError
-        except (ValueError, RuntimeError):
-            raise ValueError(f"{found[0]} line {number}: expected two <folder>/<image> and 40 coordinates") from None
-        src, trg = (ids.setdefault(name, len(ids)) for name in names)
-        extent = float((kps[1].amax(0) - kps[1].amin(0)).max())
-        pairs.append(KeypointPair(src, trg, kps[0], kps[1], folder, extent))
-    if not pairs:
-        raise ValueError(f"{found[0]}: no pairs in it")
-    classes = sorted({folder for folder, _ in ids})
-    labels = [classes.index(folder) for folder, _ in ids]
-    return KeypointSet("PF-WILLOW", ImageSet([Path(root or "", *i) for i in ids], labels, classes), pairs)
+            kps = np.array(row[2:], float).reshape(2, 2, 10).swapaxes(1, 2)  # (image, point, xy)
+            (src, _), (trg, _) = names = [Path(p).parts[-2:] for p in row[:2]]
+            yield [path.parent.joinpath(*name) for name in names], point_tensors(*kps)
+        except ValueError:
+            raise ValueError(f"{path} line {number}: expected two <folder>/<image> and 40 coordinates") from None
+
+
+def pfwillow(root: str | None) -> KeypointSet:
+    """PF-WILLOW's 900 pairs, from its list or, without one, from its .mat files.
+
+    The boxes are those around the ten points (rule "bbox": no padding enters them).
+    """
+    origin = benchmark_file("pfwillow", root, "test_pairs.csv", "test_pairs_pf.csv", WILLOW_FOLDERS[0])
+    found = []
+    for (src, trg), kps in willow_from_mats(origin.parent) if origin.is_dir() else willow_from_csv(origin):
+        found.append(((src, False), (trg, False), *kps, src.parent.name, *map(span, kps)))
+    return gather("PF-WILLOW", origin, found)
+
+
+def pfpascal_pairs(root: str | None, split: str) -> KeypointSet:
+    """PF-PASCAL's trn, val or test pairs; rule "img".
+
+    Points are the list's (test) or else the .mat files': the rows that are finite in both. Boxes are the .mat files',
+    or whole images where a list with points comes without them. Flip 1 mirrors images, points and boxes, x to W - x
+    as is the benchmark's custom.
+    """
+    listed = pfpascal_list(root, split)
+    notes, scipy, found = listed.parent / "Annotations", importlib.util.find_spec("scipy"), []
+    read, size, whole = functools.cache(read_mat), functools.cache(lambda path: open_image(path).size), 0
+    for number, *paths, name, flip, texts in pfpascal_rows(listed):
+        points, boxes = [], []
+        for path in paths:
+            mat = notes / name / f"{path.stem}.mat"
+            if texts and not (scipy and mat.is_file()):
+                boxes.append((0.0, 0.0, *map(float, size(path))))
+                whole += mat.is_file()
+                continue
+            kps, box = read(mat, kps=(-1, 2), bbox=(-1, 4))
+            points.append(kps)
+            boxes.append(tuple(box[0].tolist()))
+        try:
+            if not texts:
+                kept = np.isfinite(points[0]).all(1) & np.isfinite(points[1]).all(1)
+            kps = point_columns(texts) if texts else point_tensors(*(p[kept] for p in points))
+        except ValueError as error:
+            raise ValueError(f"{listed} line {number}: {error}") from None
+        for k, path in enumerate(paths if flip else []):
+            width, (x0, y0, x1, y1) = size(path)[0], boxes[k]
+            kps[k][:, 0] = width - kps[k][:, 0]
+            boxes[k] = (width - x1, y0, width - x0, y1)
+        found.append((*((path, flip) for path in paths), *kps, name, *boxes))
+    if whole:
+        print("boxes of PF-PASCAL are whole images: its .mat files need pip install scipy", file=sys.stderr)
+    return gather(f"PF-PASCAL {split}", listed, found, "img")
+
+
+CODES = ("viewpoint_variation", "scale_variation", "truncation", "occlusion")  # 0 to 2 twice, 0 to 3 twice
+
+
+def annotated_pairs(name: str, root: str | None, split: str, layout: str, file: str | None) -> KeypointSet:
+    """Pairs in SPair-71k's form; file: the images' names of {category} and {id}, or None: as the record says."""
+    listed = benchmark_file(name, root, f"Layout/{layout}/{split}.txt")
+    folder, found = listed.parents[2], []
+    for number, line, *ids, category in layout_lines(listed):
+        path = folder / "PairAnnotation" / split / f"{line}.json"
+        if not path.exists():  # ':' cannot be stored everywhere
+            path = path.with_name(f"{line.replace(':', '-')}.json")
+        try:
+            record, images, boxes = json.loads(path.read_text()), [], []
+            for side, ident in zip(("src", "trg"), ids):
+                image = file.format(category=category, id=ident) if file else record[f"{side}_imname"]
+                images.append((folder / "JPEGImages" / category / image, False))
+                x0, y0, x1, y1 = map(float, record[f"{side}_bndbox"])
+                boxes.append((x0, y0, x1, y1))
+            kps = point_tensors(record["src_kps"], record["trg_kps"])
+            codes = {code: int(record[code]) for code in CODES}
+        except FileNotFoundError:
+            place = f"{line}.json nor {path.name} in {path.parent}"
+            raise ValueError(f"{listed} line {number}: neither {place}") from None
+        except KeyError as error:
+            raise ValueError(f"{path}: no {error} in it") from None
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from None
+        found.append((*images, *kps, category, *boxes, codes))
+    small = f" {layout}" if layout != "large" else ""
+    return gather(f"{BENCHMARKS[name].title}{small} {split}", listed, found)
+
+
+def spair_pairs(root: str | None, split: str, layout: str = "large") -> KeypointSet:
+    """SPair-71k's trn, val or test pairs of the large or the small layout."""
+    return annotated_pairs("spair", root, split, layout, None)
+
+
+def label_pairs(root: str | None, split: str) -> KeypointSet:
+    """The trn or val pairs of a label set, SC-ImageNet or one that label.py wrote."""
+    return annotated_pairs("labels", root, split, "large", "{category}_{id}.JPEG")
+
+
+def csv_pairs(path: str | Path) -> KeypointSet:
+    """Pairs of one's own: a CSV with columns source,target,XA,YA,XB,YB and, if wanted, class.
+
+    Images are relative to the file, and turned as their cameras' tags say; XA and YA hold the source's points,
+    numbers of pixels joined by ';', XB and YB the target's. The boxes are those around the points.
+    """
+    path, columns = Path(path), ("source", "target", "XA", "YA", "XB", "YB")
+    (_, header), *rows = read_rows(path)
+    if missing := [column for column in columns if column not in header]:
+        raise ValueError(f"{path}: no column {', '.join(missing)}; expected {','.join(columns)} and, if wanted, class")
+    found = []
+    for number, row in rows:
+        record = dict(zip(header, row))
+        try:
+            if len(row) != len(header) or not (record["source"] and record["target"]):
+                raise ValueError(f"expected two images, and {len(header)} columns as in the header")
+            kps = point_columns([record[column] for column in columns[2:]])
+        except ValueError as error:
+            raise ValueError(f"{path} line {number}: {error}") from None
+        images = ((path.parent / record[column], False) for column in columns[:2])
+        found.append((*images, *kps, record.get("class") or "all", *map(span, kps)))
+    keypoints = gather(path.name, path, found)
+    keypoints.images.upright = True
+    return keypoints
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -452,8 +797,7 @@ def shapes_pairs(split: str) -> KeypointSet:
         trg = int(rng.choice(same))
         a, b = images.draw(src), images.draw(trg)
         kps = [torch.tensor([record["kps"][name] for name in a["kps"]]) for record in (a, b)]
-        x0, y0, x1, y1 = b["bbox"]
-        pairs.append(KeypointPair(src, trg, *kps, images.classes[images.labels[src]], max(x1 - x0, y1 - y0)))
+        pairs.append(KeypointPair(src, trg, *kps, images.classes[images.labels[src]], a["bbox"], b["bbox"]))
     return KeypointSet(f"shapes {split}", images, pairs)
 
 

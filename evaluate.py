@@ -232,6 +232,10 @@ def draw_histograms(errors: dict[str, list[float]], kept: dict[str, list[float]]
 DATASETS = {
     "shapes": lambda root, split: data.shapes_pairs(split),
     "pfwillow": lambda root, split: data.pfwillow(root),  # it has a test split only
+    "pfpascal": data.pfpascal_pairs,
+    "spair": data.spair_pairs,
+    "spair-small": lambda root, split: data.spair_pairs(root, split, "small"),
+    "labels": data.label_pairs,
 }
 
 
@@ -239,8 +243,12 @@ def main() -> None:
     from train import BACKBONE_METHODS, PRESETS, STAGES, Cascade, Config, find_device, load_cascade
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", choices=DATASETS, required=True)
-    parser.add_argument("--datapath", help="folder of the data set")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--dataset", choices=DATASETS)
+    what.add_argument("--pairs", metavar="FILE", help="pairs of your own: CSV of source,target,XA,YA,XB,YB[,class]")
+    parser.add_argument("--datapath", help="folder of the data set, or one that holds it; default: the current one")
+    parser.add_argument("--split", help="trn, val or test (default; labels: val); shapes: train, val, test")
+    parser.add_argument("--download", action="store_true", help="fetch the data set into --datapath if it is not there")
     parser.add_argument("--checkpoint", help="checkpoint written by train.py")
     parser.add_argument(
         "--stage", nargs="+", choices=("image", "region", "pixel"), help="default: the last one trained"
@@ -270,7 +278,12 @@ def main() -> None:
             parser.error(f"cannot write {place}: no such folder")
     device = find_device(args.device)
     overrides = {k: v for k in ("backbone", "layer", "size") if (v := getattr(args, k)) is not None}
-    keypoints = DATASETS[args.dataset](args.datapath, "test")
+    split = args.split or ("val" if args.dataset == "labels" else "test")
+    if args.dataset == "pfwillow" and split != "test":
+        parser.error(f"--split {split}: PF-WILLOW has a test split only")
+    if args.download:
+        data.download((args.dataset or "--pairs").removesuffix("-small"), args.datapath)
+    keypoints = data.csv_pairs(args.pairs) if args.pairs else DATASETS[args.dataset](args.datapath, split)
     if args.checkpoint:
         cascade = load_cascade(args.checkpoint, weights=args.weights, device=device, **overrides)
         methods = (args.stage or [cascade.cfg.final_stage]) + (args.baseline or [])

@@ -345,7 +345,7 @@ def test_pfpascal_train_names_file_and_line_of_a_malformed_row(tmp_path, row):
 
 @pytest.mark.parametrize("build", [data.spair_train, data.pfpascal_train])
 def test_pair_lists_name_the_root_they_are_missing_from(tmp_path, build):
-    with pytest.raises(ValueError, match=f"--root {tmp_path}/gone"):
+    with pytest.raises(ValueError, match=f"folder {tmp_path}/gone"):
         build(str(tmp_path / "gone"))
 
 
@@ -527,7 +527,10 @@ def test_pfwillow_reads_ten_x_then_ten_y_of_either_image(tmp_path, name):
         assert pair.src_kps.tolist() == [[start + k, start + 20 + 2 * k] for k in range(10)]
         assert pair.trg_kps.tolist() == [[start + 40 + 3 * k, start + 90 - 5 * k] for k in range(10)]
         assert pair.category == category
+        assert pair.src_box == (start, start + 20, start + 9, start + 38)
+        assert pair.trg_box == (start + 40, start + 45, start + 67, start + 90)
         assert pair.extent == 45  # the target's points span 27 x 45 px, the source's 9 x 18
+    assert keypoints.rule == "bbox"
 
 
 def test_pfwillow_knows_an_image_by_folder_and_name(tmp_path):
@@ -693,6 +696,7 @@ def test_shape_pairs_join_two_images_of_a_class_keypoint_by_keypoint():
             torch.testing.assert_close(trg, torch.tensor(b["kps"][name]))
         rows, columns = np.nonzero(np.asarray(b["mask"]))
         assert pair.extent == max(np.ptp(columns), np.ptp(rows)) + 1
+        assert (pair.src_box, pair.trg_box) == (a["bbox"], b["bbox"])
 
 
 def test_shape_pairs_are_drawn_alike_every_time():

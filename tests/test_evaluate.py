@@ -138,7 +138,8 @@ def annotated(counts: list[int], categories: list[str], name: str) -> tuple[list
     pairs, predictions = [], []
     for k, (n, category) in enumerate(zip(counts, categories)):
         truth = torch.rand(n, 2) * torch.tensor([190.0, 110.0]) + 30
-        pairs.append(KeypointPair(0, k, torch.rand(n, 2), truth, category, float(50 + 100 * torch.rand(()))))
+        source, box = torch.rand(n, 2), (5.0, 10.0, 45.0, float(60 + 100 * torch.rand(())))  # higher than wide
+        pairs.append(KeypointPair(0, k, source, truth, category, (0.0, 0.0, 300.0, 300.0), box))
         predictions.append(truth + (5 + 4 * k) * torch.randn(n, 2))
     return predictions, KeypointSet(name, Pictures([Image.new("RGB", size) for size in sizes]), pairs)
 
@@ -153,7 +154,7 @@ def test_score_averages_over_pairs_points_and_classes_as_loops_do():
         for a, alpha in enumerate(alphas):
             shares, by_class, right, total = [], {}, 0, 0
             for pred, pair in zip(predictions, keypoints.pairs):
-                sx, sy, d = 1, 1, pair.extent
+                sx, sy, d = 1, 1, pair.trg_box[3] - pair.trg_box[1]
                 if rule == "bbox-padded":
                     width, height = keypoints.images.images[pair.trg].size
                     sx, sy = 256 / width, 256 / height
@@ -190,6 +191,7 @@ def test_score_refuses_a_wrong_number_of_predictions(change):
 # Prediction
 
 GRID = (3, 5)  # h, w of the fake backbone
+BOX = (0.0, 0.0, 30.0, 20.0)
 
 
 class FakeCascade:
@@ -224,7 +226,7 @@ def numbered():
     pairs = []
     for (src, trg), n in zip([(0, 1), (1, 3), (3, 0), (4, 5), (5, 0), (1, 0), (0, 4)], (3, 6, 1, 2, 5, 1, 4)):
         kps = [torch.rand(n, 2) * torch.tensor(SIZES[index]) for index in (src, trg)]
-        pairs.append(KeypointPair(src, trg, *kps, "thing", 30.0))
+        pairs.append(KeypointPair(src, trg, *kps, "thing", BOX, BOX))
     return KeypointSet("numbered", images, pairs)
 
 
@@ -266,7 +268,7 @@ def test_a_real_backbone_predicts_alike_in_every_batch_size():
     cascade = Cascade(Config(backbone="random_vit8", size=64)).eval()
     images = [Image.effect_noise(size, 60).convert("RGB") for size in SIZES[:3]]
     points = [torch.rand(n, 2) * torch.tensor(SIZES[src]) for src, n in ((0, 2), (1, 6), (2, 3))]
-    pairs = [KeypointPair(k, (k + 1) % 3, kps, kps, "noise", 20.0) for k, kps in enumerate(points)]
+    pairs = [KeypointPair(k, (k + 1) % 3, kps, kps, "noise", BOX, BOX) for k, kps in enumerate(points)]
     keypoints = KeypointSet("noise", Pictures(images), pairs)
     methods = ["nn", "hough", "image", "region", "pixel"]
     alone, together = (predict(cascade, keypoints, methods, batch, quiet=True) for batch in (1, 3))
@@ -320,7 +322,7 @@ def sheet_set(count: int) -> tuple[dict, KeypointSet]:
     sources = [Image.new("RGB", (40 if k % 2 else 20, 20), (10 * k, 0, 90)) for k in range(count)]
     images = Pictures([*sources, Image.new("RGB", (30, 60), GRAY)])
     kps, truth = torch.tensor([[1.0, 1.0]]), torch.tensor([[4.0, 50.0]])
-    pairs = [KeypointPair(k, count, kps, truth, "thing", 50.0) for k in range(count)]
+    pairs = [KeypointPair(k, count, kps, truth, "thing", BOX, BOX) for k in range(count)]
     return {"one": [truth] * count, "other": [truth + 6] * count}, KeypointSet("sheet", images, pairs)
 
 
@@ -339,7 +341,9 @@ def test_match_sheet_has_a_row_a_pair_spread_over_the_set_and_a_column_a_method(
 def test_match_sheet_judges_points_at_alpha_010_of_the_box():
     """A miss of 6 px along both axes is 8.5 px: beyond 0.10 x 80 px, within it for a box of 90 px."""
     predictions, keypoints = sheet_set(2)
-    keypoints.pairs = [pair._replace(extent=d) for pair, d in zip(keypoints.pairs, (80.0, 90.0))]
+    keypoints.pairs = [
+        pair._replace(trg_box=(9.0, 5.0, 9.0 + d, 25.0)) for pair, d in zip(keypoints.pairs, (80.0, 90.0))
+    ]
     page = match_sheet(predictions, keypoints, 2)
     column = 384 + 4 + 96 + 8
     # Every line starts at the source's point, 1.5 px from its corner: drawn at 14.4, 14.4.

@@ -225,7 +225,7 @@ def test_single_options_override_a_preset():
     (["--device", "abacus"], "--device abacus"),
     (["--accumulate", "0"], "--accumulate 0: at least 1"),
     (["--seed", "-1"], "--seed -1: not negative"),
-    (["--val", "pfwillow"], "PF-WILLOW folder None: expected"),
+    (["--val", "pfwillow"], "PF-WILLOW folder .: expected"),
     (["--only", "region", "--shared-attention"], "--shared-attention ties the stages together"),
 ])  # fmt: skip
 def test_bad_options_are_one_line(tmp_path, flags, words, capsys):
