@@ -12,13 +12,18 @@ pair's share of right points, "per point" the share over all points.
 """
 
 import argparse
+import csv
+import datetime
 import json
+import os
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
@@ -30,93 +35,219 @@ ALPHAS = (0.05, 0.10, 0.15)
 GREEN, RED, YELLOW = (40, 200, 60), (230, 40, 40), (250, 210, 40)
 
 
-def correct_points(pred: Tensor, truth: Tensor, extent: float, alphas: tuple[float, ...]) -> Tensor:
-    """PCK's test: ||pred - truth|| <= alpha * extent. pred, truth (n, 2) in pixels; returns (n, alphas) bool."""
-    distance = (pred - truth).norm(dim=-1)
-    return distance[:, None] <= torch.tensor(alphas) * extent
+def correct_points(pred: Tensor, truth: Tensor, d: float, alphas: tuple[float, ...], strict: bool = False) -> Tensor:
+    """PCK's test: ||pred - truth|| <= alpha d, or < if strict. pred, truth (n, 2); returns (n, alphas) bool."""
+    distance, limit = (pred - truth).norm(dim=-1)[:, None], torch.tensor(alphas) * d
+    return distance < limit if strict else distance <= limit
 
 
-def padded_extent(kps: Tensor) -> float:
-    """d of rule "bbox-padded": the extent of points (n, 2) after padding with -1: the largest coordinate + 1."""
-    return float(kps.max()) + 1
+class Protocol(NamedTuple):
+    """How a table was scored. A number can only be put beside others of its protocol."""
+
+    frame: int | tuple[int, int] | None = None  # squashed to S x S or (W, H) pixels; None: the image's own pixels
+    swap: bool = False  # target points go to the source, are compared there, and d is the source's
+    pad: int | None = None  # on PF-WILLOW d is the extent of points padded with this value: too large
+    strict: bool = False  # < instead of <=
+    whole: bool = False  # the points asked for are cut to whole pixels of the frame
 
 
-def pair_hits(pred: Tensor, pair: data.KeypointPair, size: tuple[int, int], rule: str, alphas) -> Tensor:
-    """Right points of one pair under a rule, (n, alphas) bool; size: (W, H) of the target image.
+PROTOCOLS = {
+    "target": Protocol(),  # HPF, DIFT, SD4Match
+    "proposalflow": Protocol(strict=True),
+    "geoaware": Protocol(strict=True),
+    "densematching": Protocol(swap=True),
+    "ncnet": Protocol(frame=224, swap=True),  # on PF-PASCAL
+    "ncnet-willow": Protocol(swap=True),
+    "mmnet": Protocol(frame=(320, 224)),
+    "dhpf": Protocol(frame=240, pad=-1),
+    "chm": Protocol(frame=240, pad=-2),
+    "transformatcher": Protocol(frame=240, pad=-2),
+    "cats": Protocol(frame=256, swap=True, pad=-1, whole=True),
+    "semimatch": Protocol(frame=256, swap=True, pad=-1, whole=True),
+    "scorrsan": Protocol(frame=256, swap=True, pad=-1, whole=True),
+    "vat": Protocol(frame=512, swap=True, pad=-1, whole=True),
+    "cats++": Protocol(frame=512, swap=True, pad=-1, whole=True),
+    "actr": Protocol(frame=512, swap=True, pad=-1, whole=True),
+}
 
-    "bbox-padded" is scored as its tables were made: in the image squashed to 256 x 256.
-    """
-    if rule == "bbox":
-        return correct_points(pred, pair.trg_kps, pair.extent, alphas)
-    scale = 256 / torch.tensor(size)
-    return correct_points(pred * scale, pair.trg_kps * scale, padded_extent(pair.trg_kps * scale), alphas)
+
+class Task(NamedTuple):
+    """A pair as a protocol asks for it: points of one image to be found in the other."""
+
+    query: int  # ids in the KeypointSet
+    answer: int
+    points: Tensor  # (n, 2) in pixels of the query image
+    truth: Tensor  # (n, 2) in pixels of the answer image
+    scale: Tensor  # (2,): frame over pixels of the answer image
+    d: float  # the threshold at alpha = 1, in the frame
+
+
+def frame_scale(protocol: Protocol, size: tuple[int, int]) -> Tensor:
+    """Frame over image, along x and y, for an image of (W, H) pixels."""
+    frame = protocol.frame or size
+    return torch.tensor((frame, frame) if isinstance(frame, int) else frame) / torch.tensor(size)
+
+
+def task_of(keypoints: data.KeypointSet, number: int, protocol: Protocol, rule: str) -> Task:
+    """What a protocol asks of one pair; rule: "bbox" or "img"."""
+    p = keypoints.pairs[number]
+    ends = [(p.src, p.src_kps, p.src_box), (p.trg, p.trg_kps, p.trg_box)]
+    (query, points, _), (answer, truth, box) = ends[::-1] if protocol.swap else ends
+    size = keypoints.size(answer)
+    scale = frame_scale(protocol, size)
+    if rule == "img":
+        d = float((scale * torch.tensor(size)).max())
+    elif protocol.pad is not None and keypoints.name == "PF-WILLOW":
+        d = float((truth * scale).max()) - protocol.pad
+    else:
+        x0, y0, x1, y1 = box
+        d = float((scale * torch.tensor([x1 - x0, y1 - y0])).max())
+    if protocol.whole:
+        at = frame_scale(protocol, keypoints.size(query))
+        points = (points * at).trunc().clamp(0, protocol.frame - 1) / at
+    return Task(query, answer, points, truth, scale, d)
+
+
+def hits(pred: Tensor, task: Task, alphas: tuple[float, ...], strict: bool = False) -> Tensor:
+    """PCK's test of one pair: ||pred - truth|| <= alpha d in the frame. pred (n, 2) in pixels; returns (n, alphas)."""
+    return correct_points(pred * task.scale, task.truth * task.scale, task.d, alphas, strict)
+
+
+PADDED = Protocol(frame=256, pad=-1)  # what "bbox-padded" shows beside PF-WILLOW's own rule
 
 
 @torch.no_grad()
-def predict(cascade, keypoints: data.KeypointSet, methods: list[str], batch: int = 8, quiet: bool = False):
-    """Transfer every pair's source points by every method; the backbone runs once a distinct image.
+def predict(
+    matcher,
+    keypoints: data.KeypointSet,
+    methods: list[str],
+    batch: int = 8,
+    quiet: bool = False,
+    protocol: Protocol = PROTOCOLS["target"],
+    numbers: list[int] | None = None,
+) -> dict[str, list[Tensor]]:
+    """Find the points that a protocol asks for, by every method: {method: [(n, 2) pixels of the answer image, ...]}.
 
-    Returns {method: [(n, 2) points in target pixels, one entry a pair]}.
+    matcher: features(images (B, 3, S, S)) -> Features, transfer(src, trg, points in cells (B, n, 2), method) -> cells
+    of trg, cfg.size and backbone.patch. numbers: the pairs to do, all of them if None; results are in their order.
+
+    Pairs are worked through by category, and the backbone runs once an image of it: memory holds one category.
     """
-    features = {}
-    for index in tqdm(sorted({i for p in keypoints.pairs for i in p[:2]}), "features", disable=quiet, leave=False):
-        image = keypoints.load(index)[0]
-        tensor, _ = data.prepare(image, None, cascade.cfg.size, cascade.backbone.patch)
-        features[index], keypoints.sizes[index] = cascade.features(tensor[None]), image.size
-    predictions = {method: [] for method in methods}
-    grid = next(iter(features.values())).grid
-    for first in tqdm(range(0, len(keypoints), batch), "pairs", disable=quiet, leave=False):
-        pairs = keypoints.pairs[first : first + batch]
-        src, trg = (Features(*(torch.cat(x) for x in zip(*(features[p[side]] for p in pairs)))) for side in (0, 1))
-        cells = [data.pixels_to_cells(p.src_kps, keypoints.size(p.src), grid) for p in pairs]
-        points = torch.nn.utils.rnn.pad_sequence(cells, batch_first=True).to(src.feat.device)  # (B, n, 2)
-        for method in methods:
-            moved = cascade.transfer(src, trg, points, method).cpu()
-            for k, pair in enumerate(pairs):
-                pixels = data.cells_to_pixels(moved[k, : len(pair.src_kps)], keypoints.size(pair.trg), grid)
-                predictions[method].append(pixels)
-    return predictions
+    numbers = list(range(len(keypoints))) if numbers is None else numbers
+    size, patch = matcher.cfg.size, matcher.backbone.patch
+    found: dict[str, dict[int, Tensor]] = {method: {} for method in methods}
+    by_category: dict[str, list[int]] = {}
+    for number in numbers:
+        by_category.setdefault(keypoints.pairs[number].category, []).append(number)
+    with tqdm(total=len(numbers), desc="pairs", disable=quiet, leave=False) as bar:
+        for members in by_category.values():
+            images, features = sorted({i for n in members for i in keypoints.pairs[n][:2]}), {}
+            for first in range(0, len(images), batch):
+                views = []
+                for index in images[first : first + batch]:
+                    image = keypoints.load(index)[0]
+                    keypoints.sizes[index] = image.size
+                    views.append(data.prepare(image, None, size, patch)[0])
+                several = matcher.features(torch.stack(views))
+                for k in range(len(views)):
+                    features[images[first + k]] = several.map(lambda x, k=k: x[k : k + 1])
+            for first in range(0, len(members), batch):
+                some = members[first : first + batch]
+                tasks = [task_of(keypoints, n, protocol, keypoints.rule) for n in some]
+                src, trg = (
+                    Features(*(torch.cat(x) for x in zip(*(features[t[side]] for t in tasks)))) for side in (0, 1)
+                )
+                cells = [data.pixels_to_cells(t.points, keypoints.size(t.query), src.grid) for t in tasks]
+                points = torch.nn.utils.rnn.pad_sequence(cells, batch_first=True).to(src.feat.device)  # (B, n, 2)
+                for method in methods:
+                    moved = matcher.transfer(src, trg, points, method).cpu()
+                    for k, (n, t) in enumerate(zip(some, tasks)):
+                        place = moved[k, : len(t.points)]
+                        found[method][n] = data.cells_to_pixels(place, keypoints.size(t.answer), trg.grid)
+                bar.update(len(some))
+    return {method: [places[n] for n in numbers] for method, places in found.items()}
 
 
-def score(predictions: list[Tensor], keypoints: data.KeypointSet, alphas: tuple[float, ...] = ALPHAS) -> dict:
-    """PCK in per cent under every rule: {rule: {"per_image": [...], "per_point": [...], "per_class": {name: [...]}}}.
+def score(
+    predictions: list[Tensor],
+    keypoints: data.KeypointSet,
+    alphas: tuple[float, ...] = ALPHAS,
+    protocol: str | None = None,
+    rule: str | None = None,
+) -> dict:
+    """PCK in per cent: {rule: {"per_image": [...], "per_point": [...], "per_class": {name: [...]}, "per_code": {...}}}.
 
-    Lists run over alphas; a class is the mean over its pairs.
+    Lists run over alphas; a class, or a degree of one of SPair-71k's difficulties, is the mean over its pairs.
+    protocol: that of the predictions. rule: "bbox", "img"; None: the benchmark's own, on PF-WILLOW "bbox-padded" too.
     """
+    rows = {rule or keypoints.rule: PROTOCOLS[protocol or "target"]}
+    if keypoints.name == "PF-WILLOW" and protocol is None and rule is None:
+        rows["bbox-padded"] = PADDED
     table = {}
-    for rule in ("bbox", "bbox-padded") if keypoints.name == "PF-WILLOW" else ("bbox",):
-        hits = [
-            pair_hits(pred, pair, keypoints.size(pair.trg), rule, alphas).float()
-            for pred, pair in zip(predictions, keypoints.pairs, strict=True)
-        ]
-        pair_pck = torch.stack([h.mean(0) for h in hits]) * 100  # (pairs, alphas)
+    for name, how in rows.items():
+        d_rule = name.removesuffix("-padded")
+        right = []
+        for number, pred in zip(range(len(keypoints)), predictions, strict=True):
+            right.append(hits(pred, task_of(keypoints, number, how, d_rule), alphas, how.strict).float())
+        pair_pck = torch.stack([r.mean(0) for r in right]) * 100  # (pairs, alphas)
+
+        def mean_of(chosen: list[bool], pair_pck: Tensor = pair_pck) -> list[float]:
+            return pair_pck[torch.tensor(chosen)].mean(0).tolist()
+
         classes = [p.category for p in keypoints.pairs]
-        per_class = {
-            name: pair_pck[torch.tensor([c == name for c in classes])].mean(0).tolist() for name in sorted(set(classes))
-        }
-        table[rule] = {
+        codes = {(code, value) for p in keypoints.pairs for code, value in p.codes.items()}
+        table[name] = {
             "per_image": pair_pck.mean(0).tolist(),
-            "per_point": (torch.cat(hits).mean(0) * 100).tolist(),
-            "per_class": per_class,
+            "per_point": (torch.cat(right).mean(0) * 100).tolist(),
+            "per_class": {c: mean_of([c == other for other in classes]) for c in sorted(set(classes))},
+            "per_code": {f"{c} {v}": mean_of([p.codes.get(c) == v for p in keypoints.pairs]) for c, v in sorted(codes)},
         }
     return table
 
 
-def print_scores(table: dict, method: str, keypoints: data.KeypointSet, alphas: tuple[float, ...], size: int) -> None:
+def print_scores(
+    table: dict,
+    method: str,
+    keypoints: data.KeypointSet,
+    alphas: tuple[float, ...],
+    size: int,
+    protocol: str = "target",
+) -> None:
     """One method's table, headed by its protocol."""
-    points = sum(len(p.src_kps) for p in keypoints.pairs)
-    print(
-        f"\n{method} on {keypoints.name}: {len(keypoints)} pairs, {points} points, input {size}x{size},"
-        " source to target, target pixels, <="
-    )
+    how, points = PROTOCOLS[protocol], sum(len(p.src_kps) for p in keypoints.pairs)
+    frame = (how.frame, how.frame) if isinstance(how.frame, int) else how.frame
+    where = "own pixels" if frame is None else f"squashed to {frame[0]}x{frame[1]}"
+    way = "target to source, d of the source" if how.swap else "source to target, d of the target"
+    padded = how.pad is not None and keypoints.name == "PF-WILLOW"
+    print(f"\n{method} on {keypoints.name}: {len(keypoints)} pairs, {points} points, input {size}x{size}")
+    print(f"protocol {protocol}: {way}, {where}, {'<' if how.strict else '<='} alpha d")
     print(f"{'PCK (%) at alpha':34s}" + "".join(f"{a:8g}" for a in alphas))
     for rule, block in table.items():
-        frame = f"{rule} (256x256)" if rule == "bbox-padded" else rule
-        lines = [(f"{frame}, per image", block["per_image"]), (f"{frame}, per point", block["per_point"])]
-        if rule == "bbox":
-            lines += [(f"  {name}", values) for name, values in block["per_class"].items()]
+        own = f"{rule}-padded" if padded and rule == "bbox" else rule
+        shown = "bbox-padded (256x256)" if rule == "bbox-padded" else own
+        lines = [(f"{shown}, per image", block["per_image"]), (f"{shown}, per point", block["per_point"])]
+        if rule != "bbox-padded":
+            parts = (block["per_class"], block["per_code"])
+            lines += [(f"  {name}", values) for part in parts for name, values in part.items()]
         for name, values in lines:
             print(f"{name:34s}" + "".join(f"{v:8.1f}" for v in values))
+
+
+def print_paper(dataset: str) -> None:
+    """The rows of the paper's and its supplement's tables for one benchmark."""
+    with open(Path(__file__).parent / "docs" / "paper_tables.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["dataset"] == dataset]
+    if not rows:
+        print("\nThe paper has no rows on these pairs")
+        return
+    print(f"\nThe paper's rows on {dataset}; their rules are not stated, most likely those of protocol cats")
+    for table in dict.fromkeys(row["table"] for row in rows):
+        some = [row for row in rows if row["table"] == table]
+        columns = list(dict.fromkeys((row["class"], row["alpha"]) for row in some))
+        print(f"{table:30s}" + "".join(f"{(a if c == 'all' else c)[:6]:>7s}" for c, a in columns))
+        for method in dict.fromkeys(row["method"] for row in some):
+            found = {(row["class"], row["alpha"]): row["pck"] for row in some if row["method"] == method}
+            print(f"  {method:28s}" + "".join(f"{found.get(column, '-'):>7s}" for column in columns))
 
 
 def draw_matches(
@@ -160,11 +291,16 @@ def draw_matches(
     return canvas
 
 
-def match_sheet(predictions: dict[str, list[Tensor]], keypoints: data.KeypointSet, count: int = 8) -> Image.Image:
-    """A page of pairs spread over the set, one column a method, at alpha 0.10 of rule "bbox"."""
+def match_sheet(
+    predictions: dict[str, list[Tensor]], keypoints: data.KeypointSet, count: int = 8, numbers: list[int] | None = None
+) -> Image.Image:
+    """A page of pairs, one column a method, at alpha 0.10 of rule "bbox".
+
+    numbers: the pairs to draw; None: `count` that are spread over the set.
+    """
     rows = []
     count = min(count, len(keypoints))
-    for k in (i * len(keypoints) // count for i in range(count)):
+    for k in [i * len(keypoints) // count for i in range(count)] if numbers is None else numbers:
         pair = keypoints.pairs[k]
         images = [keypoints.load(i)[0] for i in (pair.src, pair.trg)]
         cells = []
@@ -180,6 +316,40 @@ def match_sheet(predictions: dict[str, list[Tensor]], keypoints: data.KeypointSe
         for r, row in enumerate(rows):
             page.paste(row[column], (x, 16 + 200 * r))
         x += width + 8
+    return page
+
+
+def ranked_pairs(pred: list[Tensor], keypoints: data.KeypointSet, category: str, count: int) -> list[int]:
+    """The `count` worst, middle and best pairs of a category, in this order, by PCK at 0.10, then by mean distance."""
+    quality = []
+    for number, pair in enumerate(keypoints.pairs):
+        if pair.category == category:
+            distance = (pred[number] - pair.trg_kps).norm(dim=-1) / pair.extent
+            quality.append((float((distance <= 0.10).float().mean()), -float(distance.mean()), number))
+    order = [number for *_, number in sorted(quality)]
+    middle = max(0, (len(order) - count) // 2)
+    return list(dict.fromkeys(order[:count] + order[middle : middle + count] + order[-count:]))
+
+
+def draw_curve(curves: dict[str, list[float]], alphas: list[float]) -> Image.Image:
+    """PCK in per cent over alpha, a line a method."""
+    left, top, width, height = 50, 16, 480, 320
+    page = Image.new("RGB", (left + width + 130, top + height + 40), "white")
+    draw = ImageDraw.Draw(page)
+
+    def at(alpha: float, pck: float) -> tuple[float, float]:
+        return left + width * alpha / max(alphas), top + height * (1 - pck / 100)
+
+    for pck in range(0, 101, 20):
+        draw.line((*at(0, pck), *at(max(alphas), pck)), fill=(220, 220, 220))
+        draw.text((left - 28, at(0, pck)[1] - 6), f"{pck}", fill="black")
+    for alpha in alphas:
+        draw.text((at(alpha, 0)[0] - 8, top + height + 4), f"{alpha:g}", fill="black")
+    draw.text((left + width // 2, top + height + 22), "alpha", fill="black")
+    for k, (name, values) in enumerate(curves.items()):
+        colour = Image.new("HSV", (1, 1), (k * 255 // len(curves), 220, 200)).convert("RGB").getpixel((0, 0))
+        draw.line([at(a, v) for a, v in zip(alphas, values)], fill=colour, width=2)
+        draw.text((left + width + 6, at(0, values[-1])[1] - 6), f"{name} {values[-1]:.1f}", fill=colour)
     return page
 
 
@@ -239,6 +409,26 @@ DATASETS = {
 }
 
 
+def predict_shared(matcher, keypoints: data.KeypointSet, methods: list[str], batch: int, protocol: Protocol) -> dict:
+    """`predict`, its pairs shared out over torchrun's processes, each pair once; every process gets all results."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    order = sorted(range(len(keypoints)), key=lambda n: keypoints.pairs[n].category)  # few processes share a category
+    mine = order[len(order) * rank // world : len(order) * (rank + 1) // world]
+    quiet = rank > 0 or not sys.stderr.isatty()
+    found = predict(matcher, keypoints, methods, batch, quiet, protocol, mine)
+    parts = [(mine, found, keypoints.sizes)]
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, (mine, found, keypoints.sizes))
+    everything: dict[str, list] = {method: [None] * len(keypoints) for method in methods}
+    for numbers, predictions, sizes in parts:
+        keypoints.sizes |= sizes
+        for method, places in predictions.items():
+            for number, place in zip(numbers, places):
+                everything[method][number] = place
+    return everything
+
+
 def main() -> None:
     from train import BACKBONE_METHODS, PRESETS, STAGES, Cascade, Config, find_device, load_cascade
 
@@ -258,10 +448,13 @@ def main() -> None:
     parser.add_argument("--weights", help="backbone weights file instead of a download")
     parser.add_argument("--layer", type=int, help="backbone block that is read")
     parser.add_argument("--size", type=int, help="input side in pixels; default: the checkpoint's")
-    parser.add_argument("--alpha", type=float, nargs="+", default=list(ALPHAS))
+    parser.add_argument("--alpha", type=float, nargs="+", help="default 0.05 0.10 0.15, on SPair-71k 0.01 0.05 0.10")
+    parser.add_argument("--thres", choices=("auto", "img", "bbox"), default="auto", help="d; auto: the benchmark's own")
+    parser.add_argument("--protocol", nargs="+", choices=PROTOCOLS, help="score as these peers do (default: target)")
+    parser.add_argument("--compare", action="store_true", help="print the paper's own rows too")
     parser.add_argument("--batch", type=int, default=8, help="pairs at a time")
-    parser.add_argument("--visualize", type=int, default=0, metavar="N", help="draw N pairs into --out")
-    parser.add_argument("--out", default="matches.png", help="picture written by --visualize")
+    parser.add_argument("--visualize", type=int, default=0, metavar="N", help="N worst, middle and best pairs a class")
+    parser.add_argument("--out", default="matches", help="folder for --visualize: a sheet a class and the PCK curve")
     parser.add_argument("--json", help="write all scores to this file")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     args = parser.parse_args()
@@ -271,11 +464,19 @@ def main() -> None:
         parser.error("give --checkpoint FILE, or --baseline nn hough to score the frozen backbone")
     if args.stage and not args.checkpoint:
         parser.error("--stage needs --checkpoint")
-    if args.batch < 1 or args.visualize < 0 or min(args.alpha) < 0:
+    if args.batch < 1 or args.visualize < 0 or min(args.alpha or [0]) < 0:
         parser.error("--batch must be at least 1, --visualize and --alpha at least 0")
-    for place in (args.json, args.out if args.visualize else None):
-        if place and not Path(place).resolve().parent.is_dir():
-            parser.error(f"cannot write {place}: no such folder")
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).resolve().parent.is_dir()):
+        parser.error(f"cannot write {args.json}: {'a folder' if Path(args.json).is_dir() else 'no such folder'}")
+    names = list(dict.fromkeys(args.protocol or [None]))
+    if args.visualize:
+        if all(PROTOCOLS[name or "target"].swap for name in names):
+            raise ValueError("--visualize draws source to target: give a --protocol of that direction, such as target")
+        try:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--out {args.out}: cannot make this folder: {error.strerror}") from None
+    rank = int(os.environ.get("RANK", 0))
     device = find_device(args.device)
     overrides = {k: v for k in ("backbone", "layer", "size") if (v := getattr(args, k)) is not None}
     split = args.split or ("val" if args.dataset == "labels" else "test")
@@ -294,19 +495,49 @@ def main() -> None:
     if missing := [m for m in methods if m in STAGES[cascade.cfg.stages :]]:
         raise ValueError(f"--stage {missing[0]}: {args.checkpoint} ends with the {cascade.cfg.final_stage} stage")
     methods = list(dict.fromkeys(methods))
-    start = time.perf_counter()
-    predictions = predict(cascade, keypoints, methods, args.batch, quiet=not sys.stderr.isatty())
-    seconds = time.perf_counter() - start
-    scores = {method: score(predictions[method], keypoints, tuple(args.alpha)) for method in methods}
-    for method, table in scores.items():
-        print_scores(table, method, keypoints, tuple(args.alpha), cascade.cfg.size)
-    print(f"\n{len(keypoints)} pairs by {len(methods)} methods in {seconds:.1f} s on {device}")
+    alphas = tuple(args.alpha or ((0.01, 0.05, 0.10) if (args.dataset or "").startswith("spair") else ALPHAS))
+    rule = None if args.thres == "auto" else args.thres
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=1))
+    scores, done = {}, {}
+    for name in names:
+        start, how = time.perf_counter(), PROTOCOLS[name or "target"]
+        asked = how.swap, how.frame if how.whole else None  # what the predictions depend on
+        if asked not in done:
+            done[asked] = predict_shared(cascade, keypoints, methods, args.batch, how)
+        found, seconds = done[asked], time.perf_counter() - start
+        if rank:
+            continue
+        scores[name or "target"] = {m: score(p, keypoints, alphas, name, rule) for m, p in found.items()}
+        for method, table in scores[name or "target"].items():
+            print_scores(table, method, keypoints, alphas, cascade.cfg.size, name or "target")
+        rate = f"{len(keypoints) / seconds:.1f} pairs/s on {device}"
+        print(f"\n{len(keypoints)} pairs by {len(methods)} methods in {seconds:.1f} s, {rate}")
+        if not how.swap:
+            predictions = found
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if rank:
+        return
+    if args.compare:
+        print_paper((args.dataset or "").removesuffix("-small"))
     if args.visualize:
-        match_sheet(predictions, keypoints, args.visualize).save(args.out)
-        print(f"{min(args.visualize, len(keypoints))} pairs drawn in {args.out}")
+        folder = Path(args.out)
+        for category in sorted({p.category for p in keypoints.pairs}):
+            numbers = ranked_pairs(predictions[methods[0]], keypoints, category, args.visualize)
+            page = match_sheet(predictions, keypoints, numbers=numbers)
+            page.save(folder / f"{category.replace('/', '_')}.jpg", quality=85)
+        steps = tuple(k / 100 for k in range(1, 11))
+        curves = {m: next(iter(score(p, keypoints, steps, rule=rule).values())) for m, p in predictions.items()}
+        curves = {m: block["per_image"] for m, block in curves.items()}
+        draw_curve(curves, list(steps)).save(folder / "curve.png")
+        with open(folder / "curve.csv", "w", newline="") as file:
+            rows = zip(steps, *([f"{v:.2f}" for v in values] for values in curves.values()))
+            csv.writer(file).writerows([["alpha", *curves], *rows])
+        print(f"worst, middle and best pairs of every class, and the PCK curve, drawn in {folder}")
     if args.json:
         cfg = {key: getattr(cascade.cfg, key) for key in ("backbone", "layer", "size")}
-        report = {"dataset": keypoints.name, "pairs": len(keypoints), "alphas": args.alpha} | cfg
+        report = {"dataset": keypoints.name, "pairs": len(keypoints), "alphas": alphas} | cfg
         Path(args.json).write_text(json.dumps(report | {"checkpoint": args.checkpoint, "scores": scores}, indent=1))
 
 

@@ -473,7 +473,9 @@ class Journal:
     def measure(self, step: int, cascade: Cascade, keypoints: data.KeypointSet, methods: tuple[str, ...]) -> dict:
         """PCK of the given methods, printed and recorded; returns their predictions."""
         predictions = predict(cascade, keypoints, methods, quiet=True)
-        found = {m: score(p, keypoints)["bbox"]["per_image"] for m, p in predictions.items()}
+        found = {
+            m: score(p, keypoints, rule=keypoints.rule)[keypoints.rule]["per_image"] for m, p in predictions.items()
+        }
         self.record(step, {"pck": found, "alphas": ALPHAS, "on": keypoints.name})
         protocol = f"{keypoints.name}, {len(keypoints)} pairs, bbox, per image"
         tqdm.write(f"step {step}: PCK@{'/'.join(map(str, ALPHAS))} on {protocol}")

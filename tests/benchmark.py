@@ -1,21 +1,27 @@
 """Time fast forms against literal ones, each in one run: python tests/benchmark.py
 
-On a machine with a GPU, also the label generator at the paper's size (ViT-B/16, 512 px, random weights).
+On a machine with a GPU, also the label generator and an evaluation of SPair-71k's size, both as the paper has them
+(ViT-B/16, 512 px; random weights). With --pfwillow DIR --weights FILE, also PF-WILLOW with the backbone run once an
+image against twice a pair.
 """
 
+import argparse
 import math
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from literal import greedy_literal, hough_table  # noqa: E402
 
 import data  # noqa: E402
+from evaluate import predict  # noqa: E402
 from label import Clique, LabelConfig, clique_maps, follow, image_errors, loop_errors, pair_matches  # noqa: E402
 from modules import (  # noqa: E402  # noqa: E402
     BACKBONES,
@@ -97,7 +103,47 @@ def label_speed(cascade: Cascade, device: torch.device, count: int = 12) -> None
     print(f"  its pairs, matched and selected: {volumes / matched:.1f} pairs/s")
 
 
+def once_an_image(root: str, weights: str, pairs: int = 180) -> None:
+    """Evaluate the first pairs of PF-WILLOW with the backbone run once a distinct image, and twice a pair."""
+    keypoints = data.pfwillow(root)
+    cascade = Cascade(Config(backbone="dinov2_vits14", weights=weights, layer=10, size=224)).eval()
+    numbers = list(range(pairs))
+    fast = clock(lambda: predict(cascade, keypoints, ["nn"], 1, True, numbers=numbers), 1)
+    slow = clock(lambda: [predict(cascade, keypoints, ["nn"], 1, True, numbers=[n]) for n in numbers], 1)
+    print(f"PF-WILLOW, {pairs} pairs, 224 px: {fast:.1f} s, with the backbone twice a pair {slow:.1f} s")
+
+
+class Noise:
+    """Random images in place of photographs."""
+
+    def load(self, index: int) -> tuple[Image.Image, None]:
+        pixels = np.random.default_rng(index).integers(0, 256, (375, 500, 3), dtype=np.uint8)
+        return Image.fromarray(pixels), None
+
+
+def spair_speed(cascade: Cascade, device: torch.device) -> None:
+    """An evaluation of SPair-71k's size: 18 categories of 100 images, 12,234 pairs of ten points."""
+    rng, pairs = np.random.default_rng(0), []
+    for number in range(12_234):
+        category = number % 18
+        src, trg = (int(k) + 100 * category for k in rng.choice(100, 2, replace=False))
+        kps = [torch.from_numpy(rng.uniform(0, 370, (10, 2))).float() for _ in range(2)]
+        box = (0.0, 0.0, 499.0, 374.0)
+        pairs.append(data.KeypointPair(src, trg, *kps, str(category), box, box))
+    keypoints = data.KeypointSet("noise", Noise(), pairs)
+    start = time.perf_counter()
+    predict(cascade.to(device).eval(), keypoints, ["pixel"], batch=16, quiet=True)
+    seconds = time.perf_counter() - start
+    print(
+        f"1,800 images, 12,234 pairs, {cascade.cfg.size} px, {device}: {seconds:.0f} s, {12_234 / seconds:.0f} pairs/s"
+    )
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pfwillow", help="folder of PF-WILLOW")
+    parser.add_argument("--weights", help="a file of DINOv2 ViT-S/14's weights")
+    args = parser.parse_args()
     print(f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}; least of several calls")
     generator = torch.Generator().manual_seed(0)
     for n in (16, 32):
@@ -118,7 +164,11 @@ def main() -> None:
     if torch.cuda.is_available():
         with tempfile.NamedTemporaryFile(suffix=".pth") as file:
             torch.save(ViT(BACKBONES["ibot_vitb16"]).state_dict(), file.name)
-            label_speed(Cascade(Config(weights=file.name)), torch.device("cuda"))
+            cascade = Cascade(Config(weights=file.name))
+            label_speed(cascade, torch.device("cuda"))
+            spair_speed(cascade, torch.device("cuda"))
+    if args.pfwillow:
+        once_an_image(args.pfwillow, args.weights)
 
 
 if __name__ == "__main__":

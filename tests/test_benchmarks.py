@@ -337,7 +337,7 @@ def test_evaluate_scores_pairs_of_ones_own_and_the_split_that_is_asked_for(tmp_p
     run("--pairs", pairs)
     report = json.loads(place.read_text())
     assert report["dataset"] == "pairs.csv" and report["pairs"] == 2
-    assert report["scores"]["nn"]["bbox"]["per_class"] == {"x": [100] * 3, "y": [0] * 3}
+    assert report["scores"]["target"]["nn"]["bbox"]["per_class"] == {"x": [100] * 3, "y": [0] * 3}
     for name in ("spair", "labels", "pfpascal"):
         fake = functools.partial(lambda *args: loaded.append(args) or data.csv_pairs(pairs), name)
         monkeypatch.setitem(evaluate.DATASETS, name, fake)

@@ -1,11 +1,12 @@
 """PCK, its thresholds and averages, prediction, pictures and the command line of evaluate.py."""
 
+import csv
 import json
 import math
-import os
 import re
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,22 @@ from PIL import Image
 import data
 import evaluate
 from data import KeypointPair, KeypointSet
-from evaluate import GREEN, RED, YELLOW, correct_points, draw_matches, match_sheet, padded_extent, predict, score
+from evaluate import (
+    ALPHAS,
+    GREEN,
+    PROTOCOLS,
+    RED,
+    YELLOW,
+    correct_points,
+    draw_curve,
+    draw_matches,
+    match_sheet,
+    predict,
+    print_paper,
+    print_scores,
+    ranked_pairs,
+    score,
+)
 from modules import Features
 from shapes import SHAPE_CLASSES
 
@@ -27,13 +43,6 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def willow():
-    if not os.environ.get("COCR_DATA"):
-        pytest.skip("set COCR_DATA to a folder with PF-WILLOW to run this")
-    return data.pfwillow(str(Path(os.environ["COCR_DATA"], "PF-WILLOW")))
 
 
 class Pictures:
@@ -72,112 +81,71 @@ def test_correct_points_equals_a_loop():
     assert 0 < found[:, 0].sum() < found[:, 1].sum() < found[:, 2].sum() < 60
 
 
-def padded_as_peers(kps: torch.Tensor) -> torch.Tensor:
-    """CATs' threshold and its kin's: points (2, n) filled up with -1 to 40 columns, and the longer side they span."""
-    padding = torch.zeros((2, 40 - kps.shape[1])) - 1
-    kps = torch.cat([kps, padding], dim=1)
-    return max(kps.max(1)[0] - kps.min(1)[0])
-
-
-def spanned(kps: torch.Tensor) -> torch.Tensor:
-    """The longer side of the box round points (2, n)."""
-    return max(kps.max(1)[0] - kps.min(1)[0])
-
-
-def test_padded_extent_equals_the_span_of_points_padded_with_minus_one():
-    for n in (1, 2, 10, 39):
-        for scale in (torch.tensor([300.0, 180.0]), torch.tensor([90.0, 250.0])):
-            kps = torch.rand(n, 2) * scale
-            assert padded_extent(kps) == pytest.approx(float(padded_as_peers(kps.T)), rel=1e-6)
-
-
-def squashed(kps: torch.Tensor, size: tuple[int, int], side: int = 256) -> torch.Tensor:
-    """Points (n, 2) of an image of size (W, H), squashed to side x side as the peers do it: (2, n)."""
-    return torch.stack([kps[:, 0] * (side / size[0]), kps[:, 1] * (side / size[1])])
-
-
-def test_padding_inflates_the_threshold_of_real_pfwillow_by_1_283(willow):
-    ratios = {}
-    for pair in willow.pairs:
-        for index, kps in ((pair.src, pair.src_kps), (pair.trg, pair.trg_kps)):
-            if index not in ratios:
-                points = squashed(kps, willow.load(index)[0].size)
-                ratios[index] = float(padded_as_peers(points) / spanned(points))
-    assert len(ratios) == 100 and min(ratios.values()) > 1
-    assert sum(ratios.values()) / 100 == pytest.approx(1.283, abs=0.005)
-
-
-def test_both_rules_of_real_pfwillow_score_as_literal_peers_do(willow):
-    """Points 5 to 50 px off: "bbox" in the target's pixels, "bbox-padded" in the squashed image with padded points."""
-    predictions = [pair.trg_kps + 16 * torch.randn(10, 2) for pair in willow.pairs]
-    alphas, sizes = (0.05, 0.1, 0.15), {}
-    expected = {"bbox": [], "bbox-padded": []}
-    for pred, pair in zip(predictions, willow.pairs):
-        if pair.trg not in sizes:
-            sizes[pair.trg] = willow.load(pair.trg)[0].size
-        small_pred, small_truth = (squashed(kps, sizes[pair.trg]) for kps in (pred, pair.trg_kps))
-        own, padded = spanned(pair.trg_kps.T), padded_as_peers(small_truth)
-        assert padded_extent(small_truth.T) == pytest.approx(float(padded), rel=1e-6)
-        assert padded > spanned(small_truth)
-        for rule, distance, d in (
-            ("bbox", (pred.T - pair.trg_kps.T).pow(2).sum(0).pow(0.5), own),
-            ("bbox-padded", (small_pred - small_truth).pow(2).sum(0).pow(0.5), padded),
-        ):
-            expected[rule].append([100 * float((distance <= alpha * d).float().mean()) for alpha in alphas])
-    table = score(predictions, willow, alphas)
-    assert list(table) == ["bbox", "bbox-padded"]
-    for rule, shares in expected.items():
-        assert table[rule]["per_image"] == pytest.approx(torch.tensor(shares).mean(0).tolist(), abs=0.02)
-    for narrow, wide in zip(table["bbox"]["per_image"], table["bbox-padded"]["per_image"]):
-        assert 5 < narrow < wide - 2 < 95
-
-
 def annotated(counts: list[int], categories: list[str], name: str) -> tuple[list[torch.Tensor], KeypointSet]:
     """Random pairs of the given numbers of points, targets of different shapes, and predictions some pixels off."""
     sizes = [(260, 160), (240, 300), (250, 180), (400, 170), (230, 230)]
     pairs, predictions = [], []
     for k, (n, category) in enumerate(zip(counts, categories)):
-        truth = torch.rand(n, 2) * torch.tensor([190.0, 110.0]) + 30
-        source, box = torch.rand(n, 2), (5.0, 10.0, 45.0, float(60 + 100 * torch.rand(())))  # higher than wide
-        pairs.append(KeypointPair(0, k, source, truth, category, (0.0, 0.0, 300.0, 300.0), box))
+        truth, side = torch.rand(n, 2) * torch.tensor([190.0, 110.0]) + 30, float(50 + 70 * torch.rand(()))
+        boxes = (0.0, 0.0, 9.0, 9.0), (10.0, 20.0, 10 + side * (1 - k % 2 / 3), 20 + side * (2 + k % 2) / 3)
+        codes = {} if k == 2 else {"occlusion": k % 2, "truncation": 3}
+        pairs.append(KeypointPair(0, k, torch.rand(n, 2), truth, category, *boxes, codes))
         predictions.append(truth + (5 + 4 * k) * torch.randn(n, 2))
     return predictions, KeypointSet(name, Pictures([Image.new("RGB", size) for size in sizes]), pairs)
 
 
-def test_score_averages_over_pairs_points_and_classes_as_loops_do():
-    counts, categories = [3, 12, 1, 7, 12], ["dog", "car", "dog", "dog", "car"]
-    predictions, keypoints = annotated(counts, categories, "PF-WILLOW")
+COUNTS, CATEGORIES = [3, 12, 1, 7, 12], ["dog", "car", "dog", "dog", "car"]
+
+
+@pytest.mark.parametrize("rule", ["bbox", "img", "bbox-padded"])
+def test_score_averages_over_pairs_points_classes_and_codes_as_loops_do(rule):
+    predictions, keypoints = annotated(COUNTS, CATEGORIES, "PF-WILLOW" if rule == "bbox-padded" else "some")
     alphas = (0.05, 0.1, 0.2)
-    table = score(predictions, keypoints, alphas)
-    assert list(table) == ["bbox", "bbox-padded"]
-    for rule in table:
-        for a, alpha in enumerate(alphas):
-            shares, by_class, right, total = [], {}, 0, 0
-            for pred, pair in zip(predictions, keypoints.pairs):
-                sx, sy, d = 1, 1, pair.trg_box[3] - pair.trg_box[1]
-                if rule == "bbox-padded":
-                    width, height = keypoints.images.images[pair.trg].size
-                    sx, sy = 256 / width, 256 / height
-                    d = max(max(x * sx, y * sy) for x, y in pair.trg_kps.tolist()) + 1
-                hits = []
-                for (x, y), (u, v) in zip(pred.tolist(), pair.trg_kps.tolist()):
-                    hits.append(math.hypot((x - u) * sx, (y - v) * sy) <= alpha * d)
-                shares.append(100 * sum(hits) / len(hits))
-                by_class.setdefault(pair.category, []).append(shares[-1])
-                right, total = right + sum(hits), total + len(hits)
-            block = table[rule]
-            assert block["per_image"][a] == pytest.approx(sum(shares) / len(shares), abs=1e-3)
-            assert block["per_point"][a] == pytest.approx(100 * right / total, abs=1e-3)
-            assert list(block["per_class"]) == ["car", "dog"]
-            for category, values in by_class.items():
-                assert block["per_class"][category][a] == pytest.approx(sum(values) / len(values), abs=1e-3)
-    # The set tells the averages and the rules apart.
-    assert abs(table["bbox"]["per_image"][1] - table["bbox"]["per_point"][1]) > 1
-    assert table["bbox-padded"]["per_image"][1] > table["bbox"]["per_image"][1] + 1
+    table = score(predictions, keypoints, alphas, rule=None if rule == "bbox-padded" else rule)
+    assert list(table) == (["bbox", "bbox-padded"] if rule == "bbox-padded" else [rule])
+    for a, alpha in enumerate(alphas):
+        shares, groups, right, total = [], {}, 0, 0
+        for pred, pair in zip(predictions, keypoints.pairs):
+            width, height = keypoints.images.images[pair.trg].size
+            sx, sy, (x0, y0, x1, y1) = 1, 1, pair.trg_box
+            d = max(width, height) if rule == "img" else max(x1 - x0, y1 - y0)
+            if rule == "bbox-padded":
+                sx, sy = 256 / width, 256 / height
+                d = max(max(x * sx, y * sy) for x, y in pair.trg_kps.tolist()) + 1
+            hits = []
+            for (x, y), (u, v) in zip(pred.tolist(), pair.trg_kps.tolist()):
+                hits.append(math.hypot((x - u) * sx, (y - v) * sy) <= alpha * d)
+            shares.append(100 * sum(hits) / len(hits))
+            for group in [pair.category, *(f"{code} {value}" for code, value in pair.codes.items())]:
+                groups.setdefault(group, []).append(shares[-1])
+            right, total = right + sum(hits), total + len(hits)
+        block = table[rule]
+        assert block["per_image"][a] == pytest.approx(sum(shares) / len(shares), abs=1e-3)
+        assert block["per_point"][a] == pytest.approx(100 * right / total, abs=1e-3)
+        assert list(block["per_class"]) == ["car", "dog"]
+        assert list(block["per_code"]) == ["occlusion 0", "occlusion 1", "truncation 3"]
+        for group, values in groups.items():
+            found = (block["per_class"] | block["per_code"])[group]
+            assert found[a] == pytest.approx(sum(values) / len(values), abs=1e-3)
+    assert len(groups["truncation 3"]) == 4 and len(groups["occlusion 0"]) == 2  # one pair bears no codes
+    apart = [abs(i - p) for i, p in zip(table[rule]["per_image"], table[rule]["per_point"])]
+    assert max(apart) > 1  # the set tells the averages apart
 
 
-def test_the_padded_rule_is_reported_for_pfwillow_alone():
+def test_a_set_is_scored_by_its_own_rule_unless_another_is_asked_for():
+    predictions, keypoints = annotated(COUNTS, CATEGORIES, "PF-PASCAL test")
+    keypoints.rule = "img"
+    assert score(predictions, keypoints) == score(predictions, keypoints, rule="img") != {}
+    narrow, wide = score(predictions, keypoints, rule="bbox")["bbox"], score(predictions, keypoints)["img"]
+    assert narrow["per_image"][1] + 5 < wide["per_image"][1]
+
+
+def test_the_padded_rule_is_reported_for_pfwillow_alone_and_beside_no_other_protocol():
     assert list(score(*annotated([4, 2], ["a", "a"], "shapes test"))) == ["bbox"]
+    willow = annotated([4, 2], ["a", "a"], "PF-WILLOW")
+    assert list(score(*willow)) == ["bbox", "bbox-padded"]
+    assert list(score(*willow, rule="bbox")) == list(score(*willow, protocol="target")) == ["bbox"]
+    assert list(score(*willow, protocol="dhpf")) == ["bbox"] and list(score(*willow, rule="img")) == ["img"]
 
 
 @pytest.mark.parametrize("change", [lambda p: p[:-1], lambda p: p + p[-1:]])
@@ -191,7 +159,6 @@ def test_score_refuses_a_wrong_number_of_predictions(change):
 # Prediction
 
 GRID = (3, 5)  # h, w of the fake backbone
-BOX = (0.0, 0.0, 30.0, 20.0)
 
 
 class FakeCascade:
@@ -200,15 +167,17 @@ class FakeCascade:
     cfg, backbone = SimpleNamespace(size=32), SimpleNamespace(patch=8)
 
     def __init__(self) -> None:
-        self.seen, self.maps = [], {}
+        self.seen, self.batches, self.alive, self.most = [], [], [], 0
 
     def features(self, images: torch.Tensor, saliency: torch.Tensor | None = None) -> Features:
-        assert images.shape == (1, 3, 32, 32)
-        number = ((images[:, 0] * 0.229 + 0.485).mean((1, 2)) * 255 / 20).round()
-        self.seen.append(int(number))
-        self.maps[int(number)] = saliency
-        feat = number.view(1, 1, 1).expand(1, GRID[0] * GRID[1], 2)
-        return Features(feat, number.view(1, 1), torch.ones(1, *GRID))
+        assert images.shape[1:] == (3, 32, 32) and saliency is None
+        numbers = ((images[:, 0] * 0.229 + 0.485).mean((1, 2)) * 255 / 20).round()
+        self.seen += numbers.int().tolist()
+        self.batches.append(len(images))
+        array = numbers.view(-1, 1, 1).expand(-1, GRID[0] * GRID[1], 2).numpy().copy()
+        self.alive = [(ref, n) for ref, n in self.alive if ref() is not None] + [(weakref.ref(array), len(images))]
+        self.most = max(self.most, sum(n for _, n in self.alive))  # images whose features are in memory
+        return Features(torch.from_numpy(array), numbers.view(-1, 1), torch.ones(len(images), *GRID))
 
     def transfer(self, src: Features, trg: Features, points: torch.Tensor, method: str) -> torch.Tensor:
         assert src.grid == trg.grid == GRID and len(src.feat) == len(trg.feat) == len(points)
@@ -216,6 +185,7 @@ class FakeCascade:
         return pull * points + 0.1 * src.token[:, None] - 0.07 * trg.feat[:, :1]
 
 
+BOX = (0.0, 0.0, 30.0, 20.0)
 SIZES = [(40, 24), (31, 50), (64, 64), (20, 90), (75, 33), (48, 28)]
 
 
@@ -230,27 +200,76 @@ def numbered():
     return KeypointSet("numbered", images, pairs)
 
 
+def moved_by_hand(query: int, answer: int, points: list, pull: float) -> torch.Tensor:
+    """What FakeCascade makes of points: pixels of one image to cells, moved, to pixels of the other."""
+    (h, w), (ws, hs), (wt, ht), found = GRID, SIZES[query], SIZES[answer], []
+    for x, y in points:
+        cx, cy = (x + 0.5) * w / ws - 0.5, (y + 0.5) * h / hs - 0.5
+        cx, cy = (pull * c + 0.1 * query - 0.07 * answer for c in (cx, cy))
+        found.append([(cx + 0.5) * wt / w - 0.5, (cy + 0.5) * ht / h - 0.5])
+    return torch.tensor(found)
+
+
 def test_predict_returns_target_pixels_through_the_sizes_of_both_images(numbered):
     predictions = predict(FakeCascade(), numbered, ["near", "far"], batch=3, quiet=True)
     assert list(predictions) == ["near", "far"]
-    (h, w), pulls = GRID, {"near": 0.5, "far": 0.9}
-    for method, found in predictions.items():
-        assert len(found) == len(numbered)
-        for pair, moved in zip(numbered.pairs, found):
-            (ws, hs), (wt, ht) = SIZES[pair.src], SIZES[pair.trg]
-            shift = 0.1 * pair.src - 0.07 * pair.trg
-            expected = []
-            for x, y in pair.src_kps.tolist():
-                cx, cy = (x + 0.5) * w / ws - 0.5, (y + 0.5) * h / hs - 0.5
-                cx, cy = pulls[method] * cx + shift, pulls[method] * cy + shift
-                expected.append([(cx + 0.5) * wt / w - 0.5, (cy + 0.5) * ht / h - 0.5])
-            torch.testing.assert_close(moved, torch.tensor(expected), atol=1e-3, rtol=0)
+    for method, pull in (("near", 0.5), ("far", 0.9)):
+        for pair, moved in zip(numbered.pairs, predictions[method], strict=True):
+            expected = moved_by_hand(pair.src, pair.trg, pair.src_kps.tolist(), pull)
+            torch.testing.assert_close(moved, expected, atol=1e-3, rtol=0)
+
+
+def test_a_protocol_that_swaps_has_target_points_found_in_the_source(numbered):
+    found = {
+        name: predict(FakeCascade(), numbered, ["far"], batch=3, quiet=True, protocol=PROTOCOLS[name])["far"]
+        for name in ("densematching", "cats")
+    }
+    for pair, plain, cut in zip(numbered.pairs, found["densematching"], found["cats"], strict=True):
+        expected = moved_by_hand(pair.trg, pair.src, pair.trg_kps.tolist(), 0.9)
+        torch.testing.assert_close(plain, expected, atol=1e-3, rtol=0)
+        width, height = SIZES[pair.trg]
+        whole = [(int(x * 256 / width) * width / 256, int(y * 256 / height) * height / 256) for x, y in pair.trg_kps]
+        torch.testing.assert_close(cut, moved_by_hand(pair.trg, pair.src, whole, 0.9), atol=1e-3, rtol=0)
+        assert not torch.equal(plain, cut)
+
+
+def test_protocols_of_one_direction_share_their_predictions(numbered):
+    for names in (("target", "dhpf", "chm", "mmnet", "geoaware"), ("densematching", "ncnet"), ("cats", "scorrsan")):
+        found = [predict(FakeCascade(), numbered, ["far"], quiet=True, protocol=PROTOCOLS[n])["far"] for n in names]
+        for other in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def test_predict_runs_the_backbone_once_for_every_image_that_is_used(numbered):
     cascade = FakeCascade()
     predict(cascade, numbered, ["near", "far"], batch=2, quiet=True)
-    assert Counter(cascade.seen) == {0: 1, 1: 1, 3: 1, 4: 1, 5: 1}
+    assert cascade.seen == [0, 1, 3, 4, 5] and cascade.batches == [2, 2, 1]
+    cascade = FakeCascade()
+    predict(cascade, numbered, ["near", "far"], batch=2, quiet=True, numbers=[3, 6])  # images 4, 5 and 0, 4
+    assert cascade.seen == [0, 4, 5]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_features_of_one_category_at_a_time_are_in_memory(batch):
+    """Five categories of four images, pairs of all of them mixed."""
+    images = Pictures([Image.new("RGB", (30, 20 + k), (k % 12 * 20, 90, 10)) for k in range(20)])
+    pairs = []
+    for k in range(40):
+        category, (src, trg) = k % 5, ((k // 5) % 4, (k // 5 + 1) % 4)
+        kps = torch.rand(2, 2) * 20
+        pairs.append(KeypointPair(4 * category + src, 4 * category + trg, kps, kps, str(category), BOX, BOX))
+    cascade = FakeCascade()
+    found = predict(cascade, KeypointSet("mixed", images, pairs), ["near"], batch=batch, quiet=True)["near"]
+    assert len(cascade.seen) == 20 and cascade.most <= 4 + batch
+    assert [len(places) for places in found] == [2] * 40
+
+
+@pytest.mark.parametrize("numbers", [[6, 0, 3], [5], [], [3, 3, 1]])
+def test_predictions_come_in_the_order_of_the_given_pairs(numbered, numbers):
+    every = predict(FakeCascade(), numbered, ["far"], batch=2, quiet=True)["far"]
+    found = predict(FakeCascade(), numbered, ["far"], batch=2, quiet=True, numbers=numbers)["far"]
+    assert len(found) == len(numbers)
+    assert all(torch.equal(places, every[n]) for n, places in zip(numbers, found))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 50])
@@ -341,9 +360,7 @@ def test_match_sheet_has_a_row_a_pair_spread_over_the_set_and_a_column_a_method(
 def test_match_sheet_judges_points_at_alpha_010_of_the_box():
     """A miss of 6 px along both axes is 8.5 px: beyond 0.10 x 80 px, within it for a box of 90 px."""
     predictions, keypoints = sheet_set(2)
-    keypoints.pairs = [
-        pair._replace(trg_box=(9.0, 5.0, 9.0 + d, 25.0)) for pair, d in zip(keypoints.pairs, (80.0, 90.0))
-    ]
+    keypoints.pairs = [pair._replace(trg_box=(5.0, 5.0, 9.0, 5 + d)) for pair, d in zip(keypoints.pairs, (80.0, 90.0))]
     page = match_sheet(predictions, keypoints, 2)
     column = 384 + 4 + 96 + 8
     # Every line starts at the source's point, 1.5 px from its corner: drawn at 14.4, 14.4.
@@ -355,8 +372,8 @@ def test_match_sheet_judges_points_at_alpha_010_of_the_box():
 # Command line
 
 
-def command(*args: str) -> subprocess.CompletedProcess:
-    line = [sys.executable, "evaluate.py", *map(str, args), "--device", "cpu"]
+def command(*args: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    line = [sys.executable, *launcher, "evaluate.py", *map(str, args), "--device", "cpu"]
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -371,6 +388,17 @@ def run_main(monkeypatch, tmp_path):
         evaluate.main()
 
     return run
+
+
+@pytest.fixture(scope="module")
+def tiny_checkpoint(tmp_path_factory):
+    """A cascade of three stages after two steps."""
+    out = tmp_path_factory.mktemp("tiny")
+    options = "--size 64 --batch 3 --candidates 6 --volume-width 4 --volume-heads 1 --ffn-ratio 0.25 --warmup 2"
+    fixed = f"--backbone random_vit8 --val none --device cpu --steps 2 --out {out} {options}"
+    done = subprocess.run([sys.executable, "train.py", *fixed.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out / "last.pt"
 
 
 def test_a_missing_data_set_ends_in_one_line_that_names_its_path(tmp_path):
@@ -417,40 +445,237 @@ def table_lines(text: str) -> dict[str, list[float]]:
 
 
 def test_shapes_run_prints_its_protocol_and_writes_the_same_numbers(tmp_path):
-    paths = tmp_path / "out.json", tmp_path / "sheet.png"
-    pictures = ("--visualize", 3, "--out", paths[1])
-    done = command("--dataset", "shapes", "--baseline", "nn", "hough", "--json", paths[0], *pictures)
+    done = command("--dataset", "shapes", "--baseline", "nn", "hough", "--json", tmp_path / "out.json")
     assert done.returncode == 0 and done.stderr == ""
-    report = json.loads(paths[0].read_text())
+    report = json.loads((tmp_path / "out.json").read_text())
     test = data.shapes_pairs("test")
     count, points = len(SHAPE_CLASSES) * data.SHAPE_SPLITS["test"][1], sum(len(p.src_kps) for p in test.pairs)
     assert len(test) == count and report["pairs"] == count and report["alphas"] == [0.05, 0.1, 0.15]
-    assert report["dataset"] == "shapes test" and list(report["scores"]) == ["nn", "hough"]
+    assert report["dataset"] == "shapes test" and list(report["scores"]) == ["target"]
+    assert list(report["scores"]["target"]) == ["nn", "hough"]
     blocks = done.stdout.strip().split("\n\n")
     assert len(blocks) == 3  # a table a method and the time
     for method, block in zip(("nn", "hough"), blocks):
-        header = block.splitlines()[0]
-        size = report["size"]
-        assert header.startswith(f"{method} on shapes test: {count} pairs, {points} points, input {size}x{size}, ")
-        assert "source to target, target pixels, <=" in header
-        lines, found = table_lines(block), report["scores"][method]["bbox"]
+        header, size = block.splitlines()[:2], report["size"]
+        assert header[0] == f"{method} on shapes test: {count} pairs, {points} points, input {size}x{size}"
+        assert header[1] == "protocol target: source to target, d of the target, own pixels, <= alpha d"
+        lines, found = table_lines(block), report["scores"]["target"][method]["bbox"]
         assert lines.pop("PCK (%) at alpha") == [0.05, 0.1, 0.15]
         expected = {"bbox, per image": found["per_image"], "bbox, per point": found["per_point"], **found["per_class"]}
-        assert sorted(found["per_class"]) == sorted(SHAPE_CLASSES)
+        assert sorted(found["per_class"]) == sorted(SHAPE_CLASSES) and found["per_code"] == {}
         assert lines == {name: [float(f"{v:.1f}") for v in values] for name, values in expected.items()}
         for a in range(3):  # classes of equal size: the mean over pairs is the mean over classes
             mean = sum(values[a] for values in found["per_class"].values()) / len(SHAPE_CLASSES)
             assert found["per_image"][a] == pytest.approx(mean, abs=1e-3)
         assert 0 < found["per_image"][0] < found["per_image"][1] < found["per_image"][2] < 100
-    assert f"{count} pairs by 2 methods" in blocks[2] and f"3 pairs drawn in {paths[1]}" in blocks[2]
-    assert Image.open(paths[1]).height == 16 + 3 * 200
+    assert f"{count} pairs by 2 methods" in blocks[2] and "pairs/s on cpu" in blocks[2]
+
+
+def test_protocols_are_scored_one_after_another_each_under_its_own_header(run_main, capsys, tmp_path):
+    names = ["cats", "proposalflow", "mmnet", "cats"]
+    run_main("--baseline", "nn", "--protocol", *names, "--thres", "img", "--json", tmp_path / "out.json")
+    headers = [line for line in capsys.readouterr().out.splitlines() if line.startswith("protocol ")]
+    assert headers == [
+        "protocol cats: target to source, d of the source, squashed to 256x256, <= alpha d",
+        "protocol proposalflow: source to target, d of the target, own pixels, < alpha d",
+        "protocol mmnet: source to target, d of the target, squashed to 320x224, <= alpha d",
+    ]
+    from train import PRESETS, Cascade, Config
+
+    scores, keypoints = json.loads((tmp_path / "out.json").read_text())["scores"], data.shapes_pairs("test")
+    cascade = Cascade(Config(**PRESETS["quick"])).eval()
+    assert list(scores) == names[:3]
+    for name, table in scores.items():
+        found = predict(cascade, keypoints, ["nn"], quiet=True, protocol=PROTOCOLS[name])["nn"]
+        expected = score(found, keypoints, protocol=name, rule="img")["img"]
+        assert list(table["nn"]) == ["img"] and table["nn"]["img"]["per_image"] == expected["per_image"]
+    assert scores["cats"] != scores["mmnet"]
+
+
+def test_padded_rules_are_named_so_on_pfwillow_alone(capsys):
+    for name, rule, protocol, shown in (
+        ("PF-WILLOW", None, None, ["bbox", "bbox-padded (256x256)"]),
+        ("PF-WILLOW", "bbox", "dhpf", ["bbox-padded"]),
+        ("PF-WILLOW", "img", "dhpf", ["img"]),
+        ("PF-WILLOW", "bbox", "densematching", ["bbox"]),
+        ("PF-PASCAL test", "bbox", "dhpf", ["bbox"]),
+    ):
+        predictions, keypoints = annotated([2], ["a"], name)
+        table = score(predictions, keypoints, ALPHAS, protocol, rule)
+        print_scores(table, "nn", keypoints, ALPHAS, 64, protocol or "target")
+        lines = [line for line in table_lines(capsys.readouterr().out) if line.endswith("per image")]
+        assert lines == [f"{title}, per image" for title in shown], (name, rule, protocol)
+
+
+def test_three_processes_write_exactly_what_one_writes(tiny_checkpoint, tmp_path):
+    """200 pairs: three do not divide them, and cut categories in two."""
+    args = ["--dataset", "shapes", "--checkpoint", tiny_checkpoint, "--baseline", "hough"]
+    args += ["--protocol", "target", "cats"]
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3")
+    several = command(*args, "--json", tmp_path / "several.json", launcher=launcher)
+    assert several.returncode == 0, several.stderr
+    one = command(*args, "--json", tmp_path / "one.json")
+    assert (tmp_path / "several.json").read_text() == (tmp_path / "one.json").read_text()
+    tables = [re.sub(r"in .* s, .* pairs/s", "", done.stdout) for done in (one, several)]
+    assert tables[0] == tables[1] and tables[0].count("hough on shapes test: 200 pairs") == 2  # each printed once
+    assert list(json.loads((tmp_path / "one.json").read_text())["scores"]["cats"]) == ["pixel", "hough"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The paper's rows
+
+
+@pytest.mark.parametrize(
+    ("dataset", "table", "method", "values"),
+    [
+        ("pfwillow", "Table 1", "NCNet (PF-P.)", [52.7, 84.3]),
+        ("pfwillow", "Table 1", "Ours (FImN.)", [57.6, 85.3]),
+        ("pfpascal", "Table 1", "Ours (PF-P.)", [58.3, 86.2]),
+        ("pfpascal", "Table 2", "ProposalFlow", [31.4, 62.5, 79.5]),
+        ("pfwillow", "Table 2", "DHPF (Weak-sup.)", [50.2, 80.2, 91.1]),
+        ("pfwillow", "Table 2", "DHPF (Sup.)", [49.5, 77.6, 89.1]),
+        ("spair", "Table 2", "DHPF (Weak-sup.)", [27.7]),
+        ("spair", "Table 2", "CATs+Ours", [54.6]),
+        ("spair", "Table 2", "VAT+Ours", [60.3]),
+        ("pfwillow", "S Table 1", "CATs+SemiMatch", [82.1, 92.1]),
+        ("pfpascal", "S Table 2", "SCorrSAN+Ours", [93.4, 96.8]),
+    ],
+)
+def test_the_papers_rows_are_printed(capsys, dataset, table, method, values):
+    print_paper(dataset)
+    lines = capsys.readouterr().out.splitlines()
+    start = next(k for k, line in enumerate(lines) if line.startswith(f"{table}  "))
+    (row,) = (line for line in lines_of_table(lines, start) if line[2:30].strip() == method)
+    assert [float(v) for v in row[30:].split()] == values
+    alphas = {1: [0.1], 2: [0.1, 0.15] if table[0] == "S" else [0.05, 0.1], 3: [0.05, 0.1, 0.15]}[len(values)]
+    assert [float(v) for v in lines[start][30:].split()] == alphas
+
+
+def lines_of_table(lines: list[str], start: int) -> list[str]:
+    """The indented lines behind a title."""
+    count = next((k for k, line in enumerate(lines[start + 1 :]) if not line.startswith("  ")), len(lines))
+    return lines[start + 1 :][:count]
+
+
+@pytest.mark.parametrize(
+    ("table", "method", "first", "last", "everything"),
+    [
+        ("Table 3", "VAT+Ours", [65.2, 50.1, 81.0], 74.5, 60.3),
+        ("Table 3", "CATs+Ours", [58.8, 44.6, 71.7], 73.9, 54.5),
+        ("S Table 4", "SCorrSAN", [57.1, 40.3, 78.3], 69.7, 55.3),
+    ],
+)
+def test_the_papers_rows_by_class_are_printed(capsys, table, method, first, last, everything):
+    print_paper("spair")
+    lines = capsys.readouterr().out.splitlines()
+    start = next(k for k, line in enumerate(lines) if line.startswith(f"{table}  "))
+    assert lines[start][30:].split()[:3] == ["aeropl", "bicycl", "bird"] and len(lines[start][30:].split()) == 19
+    (row,) = (line for line in lines_of_table(lines, start) if line[2:30].strip() == method)
+    values = [float(v) for v in row[30:].split()]
+    assert (values[:3], values[-2], values[-1]) == (first, last, everything) and len(values) == 19
+
+
+def test_every_row_of_the_papers_tables_parses_and_stands_once():
+    with open(ROOT / "docs" / "paper_tables.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["table", "method", "dataset", "class", "alpha", "pck"]
+    keys = Counter(tuple(row[c] for c in ("table", "method", "dataset", "class", "alpha")) for row in rows)
+    assert max(keys.values()) == 1 and all(all(key) for key in keys)
+    for row in rows:
+        assert row["dataset"] in ("pfpascal", "pfwillow", "spair") and float(row["alpha"]) in (0.05, 0.1, 0.15)
+        assert 5 < float(row["pck"]) < 100 and re.fullmatch(r"\d+\.\d", row["pck"])
+    # 4 methods on 2 benchmarks; 17 on 3, the first not on SPair-71k; 15, 3 and 2 on 18 classes and all of them
+    sizes = {"Table 1": 16, "Table 2": 17 * 7 - 1, "Table 3": 15 * 19, "S Table 1": 15, "S Table 2": 10}
+    assert Counter(row["table"] for row in rows) == sizes | {"S Table 3": 57, "S Table 4": 38}
+    assert len({row["class"] for row in rows}) == 19
+
+
+def test_a_set_the_paper_does_not_know_has_no_rows(run_main, capsys):
+    run_main("--baseline", "nn", "--compare")
+    out = capsys.readouterr().out
+    assert "The paper has no rows on these pairs" in out and "Table" not in out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures of a run
+
+
+def test_ranked_pairs_are_the_worst_the_middle_and_the_best_of_a_class():
+    """Pair k of class "a" has k % 5 of four points right; the more, the farther off the wrong ones."""
+    truth, pairs, predictions, quality = torch.rand(4, 2) * 100, [], [], {}
+    for k in [7, 3, 11, 0, 9, 1, 5, 8, 2, 10, 6, 4]:
+        miss = torch.full((4, 1), 8.0)  # d is 90 px
+        miss[: 4 - k % 5] = 10.0 * (1 + 3 * (k % 5)) + 0.1 * k
+        miss -= 0.01 * k
+        pairs.append(KeypointPair(0, 1, truth, truth, "a" if k < 11 else "b", BOX, (0.0, 0.0, 40.0, 90.0)))
+        predictions.append(truth + miss * torch.tensor([[0.6, 0.8]]))
+        if k < 11:
+            quality[len(pairs) - 1] = (k % 5, -float(miss.mean()))
+    order = sorted(quality, key=quality.get)
+    keypoints = KeypointSet("some", Pictures([]), pairs)
+    for count in (1, 2, 3):
+        middle = (11 - count) // 2
+        expected = order[:count] + order[middle : middle + count] + order[-count:]
+        assert ranked_pairs(predictions, keypoints, "a", count) == expected
+    assert ranked_pairs(predictions, keypoints, "a", 50) == order  # fewer pairs than asked for: each once
+    assert ranked_pairs(predictions, keypoints, "b", 2) == [2] and ranked_pairs(predictions, keypoints, "c", 2) == []
+
+
+def test_a_sheet_of_given_pairs_has_them_in_their_order():
+    predictions, keypoints = sheet_set(6)
+    page = match_sheet(predictions, keypoints, numbers=[5, 0, 3])
+    colours = [page.getpixel((150, 16 + 200 * r + 20)) for r in range(3)]
+    assert page.height == 16 + 3 * 200 and colours == [(50, 0, 90), (0, 0, 90), (30, 0, 90)]
+
+
+def test_the_curve_runs_through_its_values():
+    alphas, values = [0.02, 0.04, 0.1], [10.0, 60.0, 85.0]
+    page, empty = draw_curve({"one": values}, alphas), draw_curve({"one": [0.0, 0.0, 0.0]}, alphas)
+    for alpha, value in [*zip(alphas, values), (0.03, 35.0)]:  # 480 x 320 px from (50, 336) upward
+        x, y = round(50 + 480 * alpha / 0.1), round(336 - 3.2 * value)
+        near = [(x + i, y + j) for i in (-1, 0) for j in (-1, 0, 1) if x + i < 530]
+        assert any(page.getpixel(at) != empty.getpixel(at) and max(page.getpixel(at)) > 190 for at in near)
+        away = [(x, y + j) for j in (-25, 25)] if x < 520 else []
+        assert all(page.getpixel(at) == empty.getpixel(at) for at in away)
+
+
+def test_a_run_draws_a_sheet_a_class_and_the_curve_that_score_gives(run_main, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(data.SHAPE_SPLITS, "test", (200_000, 4))
+    run_main("--baseline", "nn", "hough", "--visualize", 1, "--out", "some/place", "--protocol", "cats", "dhpf")
+    folder = tmp_path / "some" / "place"
+    assert "some/place" in capsys.readouterr().out.splitlines()[-1]
+    assert {p.name for p in folder.iterdir()} == {f"{c}.jpg" for c in SHAPE_CLASSES} | {"curve.png", "curve.csv"}
+    assert all(Image.open(folder / f"{name}.jpg").height == 16 + 3 * 200 for name in SHAPE_CLASSES)
+    assert Image.open(folder / "curve.png").size == (660, 376)
+    (title, *rows), steps = csv.reader((folder / "curve.csv").read_text().splitlines()), [k / 100 for k in range(1, 11)]
+    from train import PRESETS, Cascade, Config
+
+    keypoints = data.shapes_pairs("test")
+    found = predict(Cascade(Config(**PRESETS["quick"])).eval(), keypoints, ["nn", "hough"], quiet=True)
+    assert title == ["alpha", "nn", "hough"] and [float(row[0]) for row in rows] == steps
+    for column, places in enumerate(found.values(), 1):
+        values = [float(row[column]) for row in rows]
+        assert values == pytest.approx(score(places, keypoints, tuple(steps))["bbox"]["per_image"], abs=0.006)
+        assert values == sorted(values) and values[0] < values[-1]
+
+
+def test_classes_of_ones_own_pairs_may_have_any_name(monkeypatch, tmp_path):
+    Image.effect_noise((40, 30), 60).convert("RGB").save(tmp_path / "a.png")
+    header = "source,target,XA,YA,XB,YB,class\n"
+    (tmp_path / "pairs.csv").write_text(header + "a.png,a.png,3;9,4;20,3;9,4;20,../cat/tabby\n")
+    args = ["--pairs", "pairs.csv", "--baseline", "nn", "--backbone", "random_vit8", "--size", "64", "--device", "cpu"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *args, "--visualize", "1", "--out", "sheets"])
+    evaluate.main()
+    found = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert found == {"a.png", "pairs.csv", "sheets/.._cat_tabby.jpg", "sheets/curve.csv", "sheets/curve.png"}
 
 
 def test_alphas_are_printed_in_full_and_scored_as_given(run_main, capsys, tmp_path):
     run_main("--baseline", "nn", "--alpha", 0.005, 0.125, 2, "--json", tmp_path / "out.json")
     assert table_lines(capsys.readouterr().out)["PCK (%) at alpha"] == [0.005, 0.125, 2]
     report = json.loads((tmp_path / "out.json").read_text())
-    assert report["alphas"] == [0.005, 0.125, 2] and report["scores"]["nn"]["bbox"]["per_point"][2] == 100
+    assert report["alphas"] == [0.005, 0.125, 2] and report["scores"]["target"]["nn"]["bbox"]["per_point"][2] == 100
 
 
 def test_a_baseline_scores_alike_whatever_the_state_of_the_random_generator(run_main, tmp_path):
@@ -477,6 +702,11 @@ def test_a_method_named_twice_is_scored_once(run_main, tmp_path):
         (["--baseline", "nn", "--stage", "pixel"], "--stage"),
         (["--baseline", "nn", "--visualize", "-2"], "--visualize"),
         (["--baseline", "nn", "--alpha", "-0.1"], "--alpha"),
+        (["--baseline", "nn", "--protocol", "dogs"], "--protocol"),
+        (["--baseline", "nn", "--thres", "kp"], "--thres"),
+        (["--baseline", "nn", "--split", "all"], "'all'"),
+        (["--baseline", "nn", "--protocol", "cats", "vat", "--visualize", "2"], "--visualize"),
+        (["--baseline", "nn", "--pairs", "some.csv"], "--pairs"),
     ],
 )
 def test_an_option_that_makes_no_sense_is_named(run_main, capsys, args, named):
@@ -485,13 +715,32 @@ def test_an_option_that_makes_no_sense_is_named(run_main, capsys, args, named):
     assert named in (str(stop.value) + (capsys.readouterr().err.splitlines() or [""])[-1])
 
 
-@pytest.mark.parametrize("option", ["--json", "--out"])
-def test_a_place_that_cannot_be_written_is_named_before_the_work(run_main, capsys, tmp_path, option):
-    place = tmp_path / "gone" / "file.png"
+@pytest.mark.parametrize(
+    ("option", "place"), [("--json", "gone/file.json"), ("--json", "folder"), ("--out", "file"), ("--out", "file/deep")]
+)
+def test_a_place_that_cannot_be_written_is_named_before_the_work(run_main, capsys, tmp_path, option, place):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("in the way")
     with pytest.raises((SystemExit, ValueError)) as stop:
         run_main("--baseline", "nn", "--visualize", "1", option, place)
     streams = capsys.readouterr()
-    assert str(place) in str(stop.value) + streams.err and "PCK" not in streams.out
+    assert place in (str(stop.value) + streams.err).splitlines()[-1] and "PCK" not in streams.out
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_pictures_of_swapped_protocols_alone_are_refused_in_one_line(tmp_path):
+    done = command("--dataset", "shapes", "--baseline", "nn", "--protocol", "cats", "--visualize", 2, "--out", tmp_path)
+    assert done.returncode == 1 and done.stdout == "" and not list(tmp_path.iterdir())
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: --visualize") and "--protocol" in line and "target" in line
+
+
+def test_a_class_the_benchmark_does_not_have_is_named_in_one_line(tmp_path):
+    (tmp_path / "JPEGImages").mkdir()
+    (tmp_path / "test_pairs.csv").write_text("source,target,class,XA,YA,XB,YB\na.jpg,b.jpg,21,1,1,1,1\n")
+    done = command("--dataset", "pfpascal", "--datapath", tmp_path, "--baseline", "nn", "--backbone", "random_vit8")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and "test_pairs.csv line 2" in line and "class 1 to 20" in line
 
 
 def test_a_device_that_is_not_there_is_named(run_main):
@@ -517,9 +766,10 @@ def test_a_checkpoint_is_scored_by_its_last_stage_beside_the_baselines(run_main,
     place = tmp_path / "out.json"
     run_main("--checkpoint", tmp_path / "two.pt", "--baseline", "nn", "--json", place)
     report = json.loads(place.read_text())
-    assert list(report["scores"]) == ["region", "nn"] and report["size"] == 64
+    assert list(report["scores"]["target"]) == ["region", "nn"] and report["size"] == 64
     assert report["checkpoint"] == str(tmp_path / "two.pt")
     assert "input 64x64" in capsys.readouterr().out
     keypoints = data.shapes_pairs("test")  # two images a class, as in the run
     expected = score(predict(cascade.eval(), keypoints, ["region"], quiet=True)["region"], keypoints)
-    assert report["scores"]["region"]["bbox"]["per_image"] == pytest.approx(expected["bbox"]["per_image"], abs=1e-3)
+    found = report["scores"]["target"]["region"]["bbox"]["per_image"]
+    assert found == pytest.approx(expected["bbox"]["per_image"], abs=1e-3)
