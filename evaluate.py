@@ -505,7 +505,8 @@ def main() -> None:
         asked = how.swap, how.frame if how.whole else None  # what the predictions depend on
         if asked not in done:
             done[asked] = predict_shared(cascade, keypoints, methods, args.batch, how)
-        found, seconds = done[asked], time.perf_counter() - start
+            seconds = time.perf_counter() - start
+        found = done[asked]
         if rank:
             continue
         scores[name or "target"] = {m: score(p, keypoints, alphas, name, rule) for m, p in found.items()}
