@@ -346,10 +346,12 @@ def draw_curve(curves: dict[str, list[float]], alphas: list[float]) -> Image.Ima
     for alpha in alphas:
         draw.text((at(alpha, 0)[0] - 8, top + height + 4), f"{alpha:g}", fill="black")
     draw.text((left + width // 2, top + height + 22), "alpha", fill="black")
-    for k, (name, values) in enumerate(curves.items()):
+    row = top - 12
+    for k, (name, values) in enumerate(sorted(curves.items(), key=lambda curve: -curve[1][-1])):
+        row = max(row + 12, at(0, values[-1])[1] - 6)  # names of curves that end together stay apart
         colour = Image.new("HSV", (1, 1), (k * 255 // len(curves), 220, 200)).convert("RGB").getpixel((0, 0))
         draw.line([at(a, v) for a, v in zip(alphas, values)], fill=colour, width=2)
-        draw.text((left + width + 6, at(0, values[-1])[1] - 6), f"{name} {values[-1]:.1f}", fill=colour)
+        draw.text((left + width + 6, row), f"{name} {values[-1]:.1f}", fill=colour)
     return page
 
 
@@ -506,14 +508,15 @@ def main() -> None:
         if asked not in done:
             done[asked] = predict_shared(cascade, keypoints, methods, args.batch, how)
             seconds = time.perf_counter() - start
+            if not rank:
+                rate = f"{len(keypoints) / seconds:.1f} pairs/s on {device}"
+                print(f"\n{len(keypoints)} pairs by {len(methods)} methods in {seconds:.1f} s, {rate}")
         found = done[asked]
         if rank:
             continue
         scores[name or "target"] = {m: score(p, keypoints, alphas, name, rule) for m, p in found.items()}
         for method, table in scores[name or "target"].items():
             print_scores(table, method, keypoints, alphas, cascade.cfg.size, name or "target")
-        rate = f"{len(keypoints) / seconds:.1f} pairs/s on {device}"
-        print(f"\n{len(keypoints)} pairs by {len(methods)} methods in {seconds:.1f} s, {rate}")
         if not how.swap:
             predictions = found
     if dist.is_initialized():
