@@ -116,6 +116,19 @@ def hits(pred: Tensor, task: Task, alphas: tuple[float, ...], strict: bool = Fal
 PADDED = Protocol(frame=256, pad=-1)  # what "bbox-padded" shows beside PF-WILLOW's own rule
 
 
+def blocks_of_pairs(keypoints: data.KeypointSet, numbers: list[int], held: int) -> list[list[int]]:
+    """Pairs by category, in order, cut where a block would show more than `held` images (a pair shows two)."""
+    blocks, category, images = [], None, set()
+    for n in sorted(numbers, key=lambda n: keypoints.pairs[n].category):
+        p = keypoints.pairs[n]
+        if p.category != category or len(images | {p.src, p.trg}) > held:
+            blocks.append([])
+            category, images = p.category, set()
+        blocks[-1].append(n)
+        images |= {p.src, p.trg}
+    return blocks
+
+
 @torch.no_grad()
 def predict(
     matcher,
@@ -125,22 +138,21 @@ def predict(
     quiet: bool = False,
     protocol: Protocol = PROTOCOLS["target"],
     numbers: list[int] | None = None,
+    held: int = 1000,
 ) -> dict[str, list[Tensor]]:
     """Find the points that a protocol asks for, by every method: {method: [(n, 2) pixels of the answer image, ...]}.
 
     matcher: features(images (B, 3, S, S)) -> Features, transfer(src, trg, points in cells (B, n, 2), method) -> cells
     of trg, cfg.size and backbone.patch. numbers: the pairs to do, all of them if None; results are in their order.
 
-    Pairs are worked through by category, and the backbone runs once an image of it: memory holds one category.
+    Pairs are worked through by category, and the backbone runs once an image of it. Memory holds the features of one
+    category, but of no more than `held` images (3 GiB at 512 px with ViT-B/16): larger categories are cut into blocks.
     """
     numbers = list(range(len(keypoints))) if numbers is None else numbers
     size, patch = matcher.cfg.size, matcher.backbone.patch
     found: dict[str, dict[int, Tensor]] = {method: {} for method in methods}
-    by_category: dict[str, list[int]] = {}
-    for number in numbers:
-        by_category.setdefault(keypoints.pairs[number].category, []).append(number)
     with tqdm(total=len(numbers), desc="pairs", disable=quiet, leave=False) as bar:
-        for members in by_category.values():
+        for members in blocks_of_pairs(keypoints, numbers, held):
             images, features = sorted({i for n in members for i in keypoints.pairs[n][:2]}), {}
             for first in range(0, len(images), batch):
                 views = []
@@ -233,8 +245,11 @@ def print_scores(
             print(f"{name:34s}" + "".join(f"{v:8.1f}" for v in values))
 
 
-def print_paper(dataset: str) -> None:
-    """The rows of the paper's and its supplement's tables for one benchmark."""
+def print_paper(dataset: str, ours: dict[str, dict[tuple[str, str], float]] | None = None) -> None:
+    """The rows of the paper's and its supplement's tables for one benchmark, and below each table our own.
+
+    ours: {name: {(class or "all", alpha as text): PCK in per cent}}.
+    """
     with open(Path(__file__).parent / "docs" / "paper_tables.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["dataset"] == dataset]
     if not rows:
@@ -248,6 +263,9 @@ def print_paper(dataset: str) -> None:
         for method in dict.fromkeys(row["method"] for row in some):
             found = {(row["class"], row["alpha"]): row["pck"] for row in some if row["method"] == method}
             print(f"  {method:28s}" + "".join(f"{found.get(column, '-'):>7s}" for column in columns))
+        for name, found in (ours or {}).items():
+            cells = (f"{found[column]:.1f}" if column in found else "-" for column in columns)
+            print(f"  here: {name[:22]:22s}" + "".join(f"{cell:>7s}" for cell in cells))
 
 
 def draw_matches(
@@ -524,7 +542,15 @@ def main() -> None:
     if rank:
         return
     if args.compare:
-        print_paper((args.dataset or "").removesuffix("-small"))
+        ours = {}
+        for name, methods_scores in scores.items():
+            for method, table in methods_scores.items():
+                block = next(iter(table.values()))
+                rows = {"all": block["per_image"]} | block["per_class"]
+                ours[f"{method}, {name}"] = {
+                    (c, f"{a:g}"): v for c, values in rows.items() for a, v in zip(alphas, values)
+                }
+        print_paper((args.dataset or "").removesuffix("-small"), ours)
     if args.visualize:
         folder = Path(args.out)
         for category in sorted({p.category for p in keypoints.pairs}):

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import random
 import re
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from evaluate import (
     PROTOCOLS,
     RED,
     YELLOW,
+    blocks_of_pairs,
     correct_points,
     draw_curve,
     draw_matches,
@@ -773,3 +775,26 @@ def test_a_checkpoint_is_scored_by_its_last_stage_beside_the_baselines(run_main,
     expected = score(predict(cascade.eval(), keypoints, ["region"], quiet=True)["region"], keypoints)
     found = report["scores"]["target"]["region"]["bbox"]["per_image"]
     assert found == pytest.approx(expected["bbox"]["per_image"], abs=1e-3)
+
+
+def test_no_more_than_the_held_images_wait_in_memory():
+    categories, rng = ["b"] * 10 + ["a"] * 30, random.Random(0)
+    ends = [rng.sample(range(9), 2) for _ in categories]
+    _, few = annotated(COUNTS, CATEGORIES, "any")
+    pairs = [few.pairs[0]._replace(src=s, trg=t, category=c) for (s, t), c in zip(ends, categories)]
+    keypoints, order = KeypointSet("any", few.images, pairs), rng.sample(range(40), 40)
+    for held in (2, 4, 100):
+        blocks = blocks_of_pairs(keypoints, order, held)
+        assert sorted(sum(blocks, [])) == list(range(40))
+        for block in blocks:
+            assert len({i for n in block for i in ends[n]}) <= held and len({categories[n] for n in block}) == 1
+    assert blocks == [[n for n in order if n >= 10], [n for n in order if n < 10]]
+
+
+def test_our_numbers_stand_below_the_papers_of_the_same_column(capsys):
+    print_paper("pfwillow", {"pixel, cats": {("all", "0.1"): 59.54, ("all", "0.2"): 80.0}})
+    lines = capsys.readouterr().out.splitlines()
+    table = lines.index(next(line for line in lines if line.startswith("Table 2")))
+    assert lines[table].split()[2:] == ["0.05", "0.1", "0.15"]
+    below = next(line for line in lines[table:] if "here" in line)
+    assert below.split() == ["here:", "pixel,", "cats", "-", "59.5", "-"]
