@@ -502,6 +502,8 @@ def main() -> None:
     split = args.split or ("val" if args.dataset == "labels" else "test")
     if args.dataset == "pfwillow" and split != "test":
         parser.error(f"--split {split}: PF-WILLOW has a test split only")
+    if args.download and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--download: fetch the data set with one process first")
     if args.download:
         data.download((args.dataset or "--pairs").removesuffix("-small"), args.datapath)
     keypoints = data.csv_pairs(args.pairs) if args.pairs else DATASETS[args.dataset](args.datapath, split)
