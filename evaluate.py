@@ -35,6 +35,16 @@ ALPHAS = (0.05, 0.10, 0.15)
 GREEN, RED, YELLOW = (40, 200, 60), (230, 40, 40), (250, 210, 40)
 
 
+def processes() -> tuple[int, int]:
+    """This process's rank and how many there are, by torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def hsv(hue: int, saturation: int, value: int) -> tuple[int, int, int]:
+    """A colour of Pillow's HSV space, 0 to 255 each, as RGB."""
+    return Image.new("HSV", (1, 1), (hue, saturation, value)).convert("RGB").getpixel((0, 0))
+
+
 def correct_points(pred: Tensor, truth: Tensor, d: float, alphas: tuple[float, ...], strict: bool = False) -> Tensor:
     """PCK's test: ||pred - truth|| <= alpha d, or < if strict. pred, truth (n, 2); returns (n, alphas) bool."""
     distance, limit = (pred - truth).norm(dim=-1)[:, None], torch.tensor(alphas) * d
@@ -296,7 +306,7 @@ def draw_matches(
         if colours:
             colour = colours[k]
         elif right is None:
-            colour = Image.new("HSV", (1, 1), (k * 255 // max(len(ends), 1), 220, 255)).convert("RGB").getpixel((0, 0))
+            colour = hsv(k * 255 // max(len(ends), 1), 220, 255)
         else:
             colour = GREEN if right[k] else RED
         draw.line((x, y, u, v), fill=colour, width=1)
@@ -367,18 +377,31 @@ def draw_curve(curves: dict[str, list[float]], alphas: list[float]) -> Image.Ima
     row = top - 12
     for k, (name, values) in enumerate(sorted(curves.items(), key=lambda curve: -curve[1][-1])):
         row = max(row + 12, at(0, values[-1])[1] - 6)  # names of curves that end together stay apart
-        colour = Image.new("HSV", (1, 1), (k * 255 // len(curves), 220, 200)).convert("RGB").getpixel((0, 0))
+        colour = hsv(k * 255 // len(curves), 220, 200)
         draw.line([at(a, v) for a, v in zip(alphas, values)], fill=colour, width=2)
         draw.text((left + width + 6, row), f"{name} {values[-1]:.1f}", fill=colour)
     return page
 
 
+def draw_results(
+    folder: Path, predictions: dict[str, list[Tensor]], keypoints: data.KeypointSet, count: int, rule: str | None
+) -> None:
+    """Into a folder: a sheet a class of pairs ranked by the first method, and PCK over alpha as a curve and as CSV."""
+    for category in sorted({p.category for p in keypoints.pairs}):
+        numbers = ranked_pairs(next(iter(predictions.values())), keypoints, category, count)
+        page = match_sheet(predictions, keypoints, numbers=numbers)
+        page.save(folder / f"{category.replace('/', '_')}.jpg", quality=85)
+    steps, rule = tuple(k / 100 for k in range(1, 11)), rule or keypoints.rule
+    curves = {m: score(p, keypoints, steps, rule=rule)[rule]["per_image"] for m, p in predictions.items()}
+    draw_curve(curves, list(steps)).save(folder / "curve.png")
+    with open(folder / "curve.csv", "w", newline="") as file:
+        rows = zip(steps, *([f"{v:.2f}" for v in values] for values in curves.values()))
+        csv.writer(file).writerows([["alpha", *curves], *rows])
+
+
 def draw_pair(images: data.ImageSet, pair: dict) -> Image.Image:
     """A labelled pair; matches from green (their loops close) over yellow to red (they miss by a tenth of the box)."""
-    colours = [
-        tuple(Image.new("HSV", (1, 1), (int(85 * (1 - min(e / 0.1, 1))), 230, 240)).convert("RGB").getpixel((0, 0)))
-        for e in pair["errors"]
-    ]
+    colours = [hsv(int(85 * (1 - min(e / 0.1, 1))), 230, 240) for e in pair["errors"]]
     points = (torch.tensor(pair[f"{side}_kps"]) for side in ("src", "trg"))
     view = draw_matches(*(images.load(pair[side])[0] for side in ("src", "trg")), *points, height=160, colours=colours)
     page = Image.new("RGB", (view.width, view.height + 14), "white")
@@ -431,7 +454,7 @@ DATASETS = {
 
 def predict_shared(matcher, keypoints: data.KeypointSet, methods: list[str], batch: int, protocol: Protocol) -> dict:
     """`predict`, its pairs shared out over torchrun's processes, each pair once; every process gets all results."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = processes()
     order = sorted(range(len(keypoints)), key=lambda n: keypoints.pairs[n].category)  # few processes share a category
     mine = order[len(order) * rank // world : len(order) * (rank + 1) // world]
     quiet = rank > 0 or not sys.stderr.isatty()
@@ -496,13 +519,13 @@ def main() -> None:
             Path(args.out).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--out {args.out}: cannot make this folder: {error.strerror}") from None
-    rank = int(os.environ.get("RANK", 0))
+    rank, world = processes()
     device = find_device(args.device)
     overrides = {k: v for k in ("backbone", "layer", "size") if (v := getattr(args, k)) is not None}
     split = args.split or ("val" if args.dataset == "labels" else "test")
     if args.dataset == "pfwillow" and split != "test":
         parser.error(f"--split {split}: PF-WILLOW has a test split only")
-    if args.download and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if args.download and world > 1:
         raise ValueError("--download: fetch the data set with one process first")
     if args.download:
         data.download((args.dataset or "--pairs").removesuffix("-small"), args.datapath)
@@ -519,7 +542,7 @@ def main() -> None:
     methods = list(dict.fromkeys(methods))
     alphas = tuple(args.alpha or ((0.01, 0.05, 0.10) if (args.dataset or "").startswith("spair") else ALPHAS))
     rule = None if args.thres == "auto" else args.thres
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if world > 1:
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=1))
     scores, done = {}, {}
     for name in names:
@@ -554,19 +577,8 @@ def main() -> None:
                 }
         print_paper((args.dataset or "").removesuffix("-small"), ours)
     if args.visualize:
-        folder = Path(args.out)
-        for category in sorted({p.category for p in keypoints.pairs}):
-            numbers = ranked_pairs(predictions[methods[0]], keypoints, category, args.visualize)
-            page = match_sheet(predictions, keypoints, numbers=numbers)
-            page.save(folder / f"{category.replace('/', '_')}.jpg", quality=85)
-        steps = tuple(k / 100 for k in range(1, 11))
-        curves = {m: next(iter(score(p, keypoints, steps, rule=rule).values())) for m, p in predictions.items()}
-        curves = {m: block["per_image"] for m, block in curves.items()}
-        draw_curve(curves, list(steps)).save(folder / "curve.png")
-        with open(folder / "curve.csv", "w", newline="") as file:
-            rows = zip(steps, *([f"{v:.2f}" for v in values] for values in curves.values()))
-            csv.writer(file).writerows([["alpha", *curves], *rows])
-        print(f"worst, middle and best pairs of every class, and the PCK curve, drawn in {folder}")
+        draw_results(Path(args.out), predictions, keypoints, args.visualize, rule)
+        print(f"worst, middle and best pairs of every class, and the PCK curve, drawn in {Path(args.out)}")
     if args.json:
         cfg = {key: getattr(cascade.cfg, key) for key in ("backbone", "layer", "size")}
         report = {"dataset": keypoints.name, "pairs": len(keypoints), "alphas": alphas} | cfg

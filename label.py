@@ -23,7 +23,6 @@ import datetime
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -40,7 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data
-from evaluate import correct_points, draw_histograms, draw_pair, picture_page
+from evaluate import correct_points, draw_histograms, draw_pair, picture_page, processes
 from modules import Features, Pairs, cells_to_xy, kernel_soft_argmax, pair_nms, select_pairs
 from shapes import corresponding_points
 from train import Cascade, add_options, find_device, leave_signals, load_cascade, training_set
@@ -306,24 +305,26 @@ class CliqueSet(Dataset):
     def __init__(self, images: data.ImageSet, cliques: list[list[int]], size: int, patch: int) -> None:
         self.images, self.cliques, self.size, self.patch = images, cliques, size, patch
 
-    def __getitem__(self, number: int) -> dict:
-        index, views, cells, sizes, skipped = [], [], [], [], []
+    def read(self, number: int) -> tuple[list[tuple], list[tuple[int, str]]]:
+        """(index, image, saliency map) of what can be read, and (index, why) of the rest."""
+        found, skipped = [], []
         for i in self.cliques[number]:
             try:
-                image, saliency = self.images.load(i)
+                found.append((i, *self.images.load(i)))
             except ValueError as error:
                 skipped.append((i, str(error)))
-                continue
-            view, cell = data.prepare(image, saliency, self.size, self.patch)
-            index, views, sizes = index + [i], views + [view], sizes + [image.size]
-            cells += [] if cell is None else [cell]
+        return found, skipped
+
+    def __getitem__(self, number: int) -> dict:
+        found, skipped = self.read(number)
+        index, sizes = [i for i, *_ in found], [image.size for _, image, _ in found]
+        pairs = [data.prepare(image, saliency, self.size, self.patch) for _, image, saliency in found]
+        views, cells = ([pair[k] for pair in pairs if pair[k] is not None] for k in (0, 1))
         views, cells = (torch.stack(some) if some else None for some in (views, cells))
         return {"index": index, "views": views, "cells": cells, "sizes": sizes, "skipped": skipped}
 
 
-def build_clique(
-    cascade: Cascade, item: dict, boxes: dict[int, list[int]], amp: bool
-) -> tuple[Clique | None, list[int]]:
+def build_clique(cascade: Cascade, item: dict, boxes: dict[int, list[int]]) -> tuple[Clique | None, list[int]]:
     """Features, boxes and foreground of one item of CliqueSet; None if it has fewer than three usable images.
 
     boxes: those of a detector; outside of its box an image has no foreground. Without one, the box is that of the
@@ -332,8 +333,7 @@ def build_clique(
     if not item["index"]:
         return None, []
     device = next(cascade.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and amp):
-        feats = cascade.features(item["views"], item["cells"])
+    feats = cascade.features(item["views"], item["cells"])
     h, w = feats.grid
     centres = cells_to_xy(torch.arange(h * w), w)
     masks, keep = feats.foreground(cascade.cfg.saliency_threshold).flatten(1).cpu(), []
@@ -416,7 +416,7 @@ def draw_pages(out: Path, images: data.ImageSet, entries: list[tuple], cfg: Labe
     """
 
     def load(some: list[tuple]) -> list[dict]:
-        return [read_json(out / "work" / step / f"{shard:06d}.json")["pairs"][place] for *_, step, shard, place in some]
+        return [read_json(shard_path(out, step, shard))["pairs"][place] for *_, step, shard, place in some]
 
     of = {kind: sorted(e for e in entries if e[0] == kind) for kind in ("kept", "dropped pairs", "dropped images")}
     any_order = np.random.default_rng(0).permutation(len(of["kept"]))[: cfg.draw]
@@ -472,6 +472,11 @@ def progress(*arguments, **options) -> tqdm:
     return tqdm(*arguments, **options, **slow)
 
 
+def shard_path(out: str | Path, step: str, number: int) -> Path:
+    """The file of one shard."""
+    return Path(out, "work", step, f"{number:06d}.json")
+
+
 def read_json(path: Path) -> dict:
     """A file of the work; ValueError names it if a crash has damaged it."""
     try:
@@ -490,18 +495,15 @@ class PhotoSet(CliqueSet):
     """The images of one chunk at a time for the detector: RGB bytes (3, H, W) of their own size."""
 
     def __getitem__(self, number: int) -> dict:
-        found, skipped = [], []
-        for i in self.cliques[number]:
-            try:
-                image = self.images.load(i)[0]
-                if max(image.size) > 20 * min(image.size):
-                    raise ValueError(
-                        f"{self.images.paths[i]}: {image.width}x{image.height} px is too narrow to detect in"
-                    )
-                found.append((i, torch.from_numpy(np.array(image)).permute(2, 0, 1)))
-            except ValueError as error:
-                skipped.append((i, str(error)))
-        return {"found": found, "skipped": skipped}
+        found, skipped = self.read(number)
+        photos = []
+        for i, image, _ in found:
+            if max(image.size) > 20 * min(image.size):
+                size = f"{image.width}x{image.height} px"
+                skipped.append((i, f"{self.images.paths[i]}: {size} is too narrow to detect in"))
+            else:
+                photos.append((i, torch.from_numpy(np.array(image)).permute(2, 0, 1)))
+        return {"found": photos, "skipped": skipped}
 
 
 class Labeller:
@@ -510,7 +512,7 @@ class Labeller:
 
     def __init__(self, cfg: LabelConfig) -> None:
         check(cfg)
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = processes()
         self.cfg, self.device = cfg, find_device(cfg.device)
         overrides = {"saliency": "attention" if cfg.saliency == "attention" else "none"}
         overrides |= {"size": cfg.size} if cfg.size else {}
@@ -547,9 +549,9 @@ class Labeller:
         if self.rank == 0:
             print(text, flush=True)
 
-    def shards(self, step: str, items: CliqueSet, costs: list[int], unit: str, make) -> Iterator[dict]:
-        """Make the shards of one step that are not there yet, `make(number, item)` being the record of one, and return
-        all of its records, read one at a time. costs: each shard's part of the progress bar, in `unit`s.
+    def shards(self, step: str, items: CliqueSet, costs: list[int], unit: str, make) -> None:
+        """Make the shards of one step that are not there yet, `make(number, item)` being the record of one. costs: each
+        shard's part of the progress bar, in `unit`s.
 
         Raises ValueError if the shards that are there were made with other settings, of other images or boxes.
         """
@@ -567,31 +569,35 @@ class Labeller:
                 )
             data.write_whole(stored, json.dumps(settings, indent=1))
         self.wait()
-        todo = [k for k in range(self.rank, len(costs), self.world) if not (folder / f"{k:06d}.json").exists()]
+        todo = [k for k in range(self.rank, len(costs), self.world) if not shard_path(self.cfg.out, step, k).exists()]
         loader = DataLoader(
             items, sampler=todo, batch_size=None, num_workers=self.cfg.workers, worker_init_fn=leave_signals
         )
         start, total = time.perf_counter(), sum(costs[k] for k in todo)
         with progress(total=total, desc=step, unit=f" {unit}", unit_scale=True, disable=self.rank != 0) as bar:
             for number, item in zip(todo, loader):
-                data.write_whole(folder / f"{number:06d}.json", json.dumps(make(number, item)))
+                data.write_whole(shard_path(self.cfg.out, step, number), json.dumps(make(number, item)))
                 bar.update(costs[number])
         self.wait()
         seconds = time.perf_counter() - start
         if todo:
             others = f" in each of {self.world} processes" if self.world > 1 else ""
             self.say(f"{step}: {total:,} {unit} in {seconds:.0f} s, {total / seconds:,.1f} a second{others}")
-        return (read_json(folder / f"{number:06d}.json") for number in range(len(costs)))
+
+    def records(self, step: str, count: int) -> Iterator[dict]:
+        """The records of a step's shards, in order, read one at a time."""
+        for number in progress(range(count), desc=f"reading {step}", leave=False, disable=self.rank != 0):
+            yield read_json(shard_path(self.cfg.out, step, number))
 
     def clique_set(self, groups: list[list[int]]) -> CliqueSet:
         return CliqueSet(self.images, groups, self.cascade.cfg.size, self.cascade.backbone.patch)
 
-    def clique(self, item: dict) -> tuple[Clique | None, list[int]]:
-        return build_clique(self.cascade, item, self.boxes, self.cfg.amp)
-
-    def maps(self, clique: Clique, matched: bool = False) -> tuple[Tensor, Tensor | None]:
+    def clique(self, item: dict, matched: bool = False) -> tuple:
+        """build_clique and, unless it is None, clique_maps: clique, images without foreground, maps, partners."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda" and self.cfg.amp):
-            return clique_maps(self.cascade, clique.feats, self.cfg.batch, matched)
+            clique, empty = build_clique(self.cascade, item, self.boxes)
+            found = clique_maps(self.cascade, clique.feats, self.cfg.batch, matched) if clique else (None, None)
+        return clique, empty, *found
 
     def detect(self) -> None:
         """Single instances: images with exactly one object over 0.9, and its box (section 3.5)."""
@@ -611,8 +617,9 @@ class Labeller:
             return {"boxes": {i: box for i, box in boxes.items() if box}, "skipped": item["skipped"]}
 
         items = PhotoSet(self.images, chunks, 0, 1)
+        self.shards("detector", items, [len(chunk) for chunk in chunks], "images", make)
         boxes = {}
-        for record in self.shards("detector", items, [len(chunk) for chunk in chunks], "images", make):
+        for record in self.records("detector", len(chunks)):
             boxes |= {int(i): box for i, box in record["boxes"].items()}
             self.skipped |= dict(record["skipped"])
         self.boxes, self.undetected = boxes, set(self.skipped)
@@ -623,8 +630,8 @@ class Labeller:
         """Closed loops in cliques of every class: the error of every image and how many loops it is the mean of."""
         cfg = self.cfg
         self.settings |= {name: getattr(cfg, name) for name in ("loops", "cap", "seed")}
-        maps = self.images.saliency and str(Path(self.images.saliency).resolve())
-        self.settings |= {"saliency": maps or cfg.saliency, "size": self.cascade.cfg.size}
+        folder = self.images.saliency and str(Path(self.images.saliency).resolve())
+        self.settings |= {"saliency": folder or cfg.saliency, "size": self.cascade.cfg.size}
         self.settings |= {"checkpoint": digest(Path(cfg.checkpoint).read_bytes())}
         cliques = []
         for k, some in self.members.items():
@@ -635,14 +642,15 @@ class Labeller:
             cliques += split_cliques(order, cfg.clique_size)
 
         def make(number: int, item: dict) -> dict:
-            clique, empty = self.clique(item)
-            errors = image_errors(clique, self.maps(clique)[0], cfg.cap) if clique else []
+            clique, empty, maps, _ = self.clique(item)
+            errors = image_errors(clique, maps, cfg.cap) if clique else []
             found = {i: round(e, 6) for i, e in zip(clique.index, errors)} if clique else {}
             return {"skipped": item["skipped"], "empty": empty, "errors": found}
 
         costs = [6 * math.comb(len(some), 3) for some in cliques]
         self.errors, self.loops, self.empty, self.volumes = {}, {}, set(), 0
-        for record in self.shards("loops", self.clique_set(cliques), costs, "loops", make):
+        self.shards("loops", self.clique_set(cliques), costs, "loops", make)
+        for record in self.records("loops", len(cliques)):
             self.errors |= {int(i): e for i, e in record["errors"].items()}
             n = len(record["errors"])
             self.loops |= {int(i): (n - 1) * (n - 2) for i in record["errors"]}
@@ -682,10 +690,10 @@ class Labeller:
 
             def make(number: int, item: dict, groups=groups) -> dict:
                 split, k, _ = groups[number]
-                clique, _ = self.clique(item)
+                clique, _, maps, partners = self.clique(item, matched=True)
                 record = {"split": split, "class": k, "images": {}, "pairs": []}
                 if clique:
-                    pairs = pair_matches(clique, *self.maps(clique, matched=True), cfg)
+                    pairs = pair_matches(clique, maps, partners, cfg)
                     for rank, pair in enumerate(sorted(pairs, key=lambda p: p["score"])):
                         kept = split != "dropped" and rank < cfg.pairs * len(clique.index)
                         pair |= {"src": clique.index[pair["src"]], "trg": clique.index[pair["trg"]], "kept": kept}
@@ -702,12 +710,6 @@ class Labeller:
         """Whether the true partner of any point is known."""
         return isinstance(self.images, data.Shapes)
 
-    def records(self, step: str) -> Iterator[dict]:
-        """The shards of a step of pairs."""
-        numbers = range(len(self.groups[step]))
-        for number in progress(numbers, desc=f"reading {step}", leave=False):
-            yield read_json(Path(self.cfg.out, "work", step, f"{number:06d}.json"))
-
     def merge(self) -> dict:
         """The label set from the shards of pairs, its summary and its pictures, by one process."""
         cfg, out, names = self.cfg, Path(self.cfg.out), self.images.classes
@@ -721,8 +723,8 @@ class Labeller:
                 "error": round(float(np.mean([self.errors[i] for i in mine])), 4) if mine else None,
                 "kept": len(self.kept.get(k, [])),
             } | dict.fromkeys(("trn", "val", "points"), 0)
-        for step in self.groups:
-            for number, record in enumerate(self.records(step)):
+        for step, groups in self.groups.items():
+            for number, record in enumerate(self.records(step, len(groups))):
                 self.volumes += math.comb(len(record["images"]), 2) if step == "pairs" else 0
                 for place, pair in enumerate(record["pairs"]):
                     kind = "kept" if pair["kept"] else "dropped images" if step == "dropped" else "dropped pairs"
@@ -735,7 +737,7 @@ class Labeller:
                         judged += [(kind, *both) for both in zip(pair["errors"], precision(self.images, pair))]
         if not used:
             raise ValueError(f"no pair has --fewest {cfg.fewest} matches; ask for fewer, or a larger --size")
-        data.write_label_tree(out, self.images, self.records("pairs"), cfg.images)
+        data.write_label_tree(out, self.images, self.records("pairs", len(self.groups["pairs"])), cfg.images)
 
         empty = [f"empty file: {path}" for path in self.images.empty]
         funnel = {"seen": self.seen + len(empty), "unreadable": len(self.skipped) + len(empty)}

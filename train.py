@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from evaluate import ALPHAS, DATASETS, match_sheet, predict, score
+from evaluate import ALPHAS, DATASETS, match_sheet, predict, processes, score
 from image_stage import ImageConfig, ImageStage
 from modules import Features, Pairs, cosine_volume, hough_matching, load_backbone, transfer_keypoints
 from pixel_stage import PixelConfig, PixelStage
@@ -486,7 +486,7 @@ class Journal:
 
 def train(cfg: Config, resume: str | None = None) -> Cascade:
     """Train as configured; writes metrics.jsonl, last.pt and matches.png under cfg.out and returns the cascade."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = processes()
     device = find_device(cfg.device)
     cuda = device.type == "cuda"
     if world > 1:
