@@ -477,7 +477,7 @@ class Journal:
             m: score(p, keypoints, rule=keypoints.rule)[keypoints.rule]["per_image"] for m, p in predictions.items()
         }
         self.record(step, {"pck": found, "alphas": ALPHAS, "on": keypoints.name})
-        protocol = f"{keypoints.name}, {len(keypoints)} pairs, bbox, per image"
+        protocol = f"{keypoints.name}, {len(keypoints)} pairs, {keypoints.rule}, per image"
         tqdm.write(f"step {step}: PCK@{'/'.join(map(str, ALPHAS))} on {protocol}")
         for method, values in found.items():
             tqdm.write(f"    {method:7s}" + "".join(f"{v:7.1f}" for v in values))
