@@ -201,6 +201,15 @@ class ViT(nn.Module):
         assert patch_pos.shape[-2:] == (h, w), (patch_pos.shape, h, w)
         return torch.cat([pos[:, :1], patch_pos.flatten(2).transpose(1, 2)], dim=1)
 
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to what enters the first block: class token, registers if any, cells, (B, N, C)."""
+        h, w = (side // self.spec.patch for side in images.shape[-2:])
+        x = torch.cat([self.cls_token.expand(len(images), -1, -1), self.patch_embed(images)], dim=1)
+        x = x + self.position_embedding(h, w).to(x.dtype)
+        if self.spec.family == "dinov2_reg":  # registers carry no position
+            x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        return x
+
 
 class Backbone(nn.Module):
     """A frozen ViT that always stays in eval mode and never receives a gradient.
@@ -236,10 +245,7 @@ class Backbone(nn.Module):
                 f"image of {images.shape[-1]}x{images.shape[-2]} px: both sides must be multiples of {self.patch}"
             )
         vit = self.vit
-        x = torch.cat([vit.cls_token.expand(len(images), -1, -1), vit.patch_embed(images)], dim=1)
-        x = x + vit.position_embedding(h, w).to(x.dtype)
-        if vit.spec.family == "dinov2_reg":  # registers carry no position
-            x = torch.cat([x[:, :1], vit.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        x = vit.embed(images)
         for block in vit.blocks[: self.layer]:
             x = block(x)
         last = vit.blocks[self.layer]

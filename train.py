@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -484,16 +485,94 @@ class Journal:
         return predictions
 
 
-def train(cfg: Config, resume: str | None = None) -> Cascade:
-    """Train as configured; writes metrics.jsonl, last.pt and matches.png under cfg.out and returns the cascade."""
+def start_processes(device: torch.device) -> tuple[int, int]:
+    """This process's rank and how many there are; connects them if there are several."""
     rank, world = processes()
-    device = find_device(cfg.device)
-    cuda = device.type == "cuda"
     if world > 1:
-        if cuda:
+        if device.type == "cuda":
             torch.cuda.set_device(device)
         # One process measures PCK while the others wait.
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    return rank, world
+
+
+def print_header(cfg, device: torch.device) -> None:
+    """Versions, device, commit and every option."""
+    print(f"torch {torch.__version__}, {device}, {processes()[1]} process(es), commit {commit_of_source()}")
+    print(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
+
+
+def report_skipped(skipped: set[str]) -> None:
+    """Name what any process passed over; every process has to call this."""
+    if dist.is_initialized():
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, skipped)
+        skipped = set().union(*gathered)
+    if skipped and not processes()[0]:
+        print(f"{len(skipped)} unreadable files passed over: {'; '.join(sorted(skipped)[:5])}", file=sys.stderr)
+
+
+def fit(
+    cfg,
+    optimizer: torch.optim.Optimizer,
+    start: int,
+    steps: int,
+    loss_of: Callable[[], tuple[Tensor, dict[str, Tensor]]],
+    rate: Callable[[int], float],
+    journal: Journal | None,
+    after: Callable[[int, dict[str, float]], None],
+) -> int:
+    """The one training loop, from step `start` to `steps`; returns the step it came to: Ctrl-C stops it early.
+
+    cfg: accumulate, clip, log_every. loss_of: loss of the next micro-batch, and what is logged. rate: the learning rate
+    of a step, which every group of the optimiser takes times its "scale". journal: of the process that writes one.
+    after: called after every step with its number and what was logged, to measure and save.
+    Raises ValueError when the loss is no longer finite.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    chief, stop, clock, done = journal is not None, [], time.perf_counter(), start
+    for name in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, leave
+        signal.signal(name, lambda number, frame: stop.append(number))
+    for step in tqdm(range(start, steps), initial=start, total=steps, disable=not (chief and sys.stderr.isatty())):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step) * group["scale"]
+        logged: dict[str, float] = {}
+        for _ in range(cfg.accumulate):
+            loss, parts = loss_of()
+            (loss / cfg.accumulate).backward()
+            for key, value in {**parts, "loss": loss}.items():
+                logged[key] = logged.get(key, 0.0) + value.item() / cfg.accumulate
+        if dist.is_initialized():
+            logged = average_over_processes(params, logged)
+        norm = float(torch.nn.utils.clip_grad_norm_(params, cfg.clip or math.inf))
+        if not math.isfinite(norm + logged["loss"]):
+            raise ValueError(
+                f"step {step}: loss {logged} with gradient norm {norm} is not finite;"
+                " the last checkpoint stands. Lower --lr, or set --clip"
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        done = step + 1
+        if chief and (done % cfg.log_every == 0 or done == steps):
+            speed = (done - start) / (time.perf_counter() - clock)
+            journal.record(done, logged | {"lr": rate(step), "grad_norm": norm, "steps_per_s": speed})
+            text = " ".join(f"{k} {v:.4f}" for k, v in logged.items())
+            tqdm.write(f"step {done}/{steps} {text} lr {rate(step):.2e} {speed:.2f} steps/s")
+        after(done, logged)
+        halt = torch.tensor(len(stop), device=params[0].device)
+        if dist.is_initialized():
+            dist.all_reduce(halt)
+        if halt:
+            break
+    return done
+
+
+def train(cfg: Config, resume: str | None = None) -> Cascade:
+    """Train as configured; writes metrics.jsonl, last.pt and matches.png under cfg.out and returns the cascade."""
+    device = find_device(cfg.device)
+    cuda = device.type == "cuda"
+    rank, world = start_processes(device)
     chief, stages, out = rank == 0, STAGES[: cfg.stages], Path(cfg.out)
     images = training_set(cfg)
     val, test = (keypoint_set(cfg, split) if chief else None for split in ("val", "test"))
@@ -510,83 +589,51 @@ def train(cfg: Config, resume: str | None = None) -> Cascade:
         load_stages(cascade, state, resume, stages)
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-    params = [p for group in optimizer.param_groups for p in group["params"]]
 
     stream = data.PairStream(images, cfg.batch, cfg.seed, start * cfg.accumulate * world, rank, world)
     pairs = data.TrainPairs(images, cfg.size, cascade.backbone.patch, cfg.augment, cfg.seed)
     loader = iter(
         DataLoader(pairs, batch_sampler=stream, num_workers=cfg.workers, pin_memory=cuda, worker_init_fn=leave_signals)
     )
-    cache, before, skipped, stop = {} if cfg.cache_features else None, {}, set(), []
+    cache, before, journal, skipped = {} if cfg.cache_features else None, {}, None, set()
     if chief:
-        print(f"torch {torch.__version__}, {device}, {world} process(es), commit {commit_of_source()}")
-        print(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
-        millions = sum(p.numel() for p in params) / 1e6
+        print_header(cfg, device)
+        millions = sum(p.numel() for p in cascade.parameters() if p.requires_grad) / 1e6
         print(f"{len(images)} images of {len(images.classes)} classes, {millions:.2f} M trainable parameters")
         journal = Journal(out, start)
         if test:
             before = journal.measure(start, cascade, test, BACKBONE_METHODS)
-    for name in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, leave
-        signal.signal(name, lambda number, frame: stop.append(number))
 
-    clock, done = time.perf_counter(), start
-    bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=not (chief and sys.stderr.isatty()))
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, step) * group["scale"]
-        logged: dict[str, float] = {}
-        for _ in range(cfg.accumulate):
-            batch = next(loader)
-            skipped.update(line for item in batch["skipped"] for line in item.splitlines())
-            with torch.autocast(device.type, torch.bfloat16, enabled=cuda and cfg.amp):
-                src, trg = batch_features(cascade, batch, cache)
-                losses, counts = cascade(src, trg, batch["label"].to(device))
-            # Eq. (3): L_all = lambda_1 L_I + lambda_2 L_R + lambda_3 L_P
-            total = sum(getattr(cfg, f"lambda_{stage}") * loss for stage, loss in losses.items())
-            (total / cfg.accumulate).backward()
-            for key, value in {**losses, **counts, "loss": total}.items():
-                logged[key] = logged.get(key, 0.0) + value.item() / cfg.accumulate
-        if world > 1:
-            logged = average_over_processes(params, logged)
-        norm = float(torch.nn.utils.clip_grad_norm_(params, cfg.clip or math.inf))
-        if not math.isfinite(norm + logged["loss"]):
-            raise ValueError(
-                f"step {step}: loss {logged} with gradient norm {norm} is not finite;"
-                " the last checkpoint stands. Lower --lr, or set --clip"
-            )
-        optimizer.step()
-        optimizer.zero_grad()
-        done = step + 1
-        if chief and (done % cfg.log_every == 0 or done == cfg.steps):
-            rate = (done - start) / (time.perf_counter() - clock)
-            journal.record(done, logged | {"lr": learning_rate(cfg, step), "grad_norm": norm, "steps_per_s": rate})
-            text = " ".join(f"{k} {v:.4f}" for k, v in logged.items())
-            tqdm.write(f"step {done}/{cfg.steps} {text} lr {learning_rate(cfg, step):.2e} {rate:.2f} steps/s")
-            if logged.get("pairs") == 0:
-                tqdm.write("no pairs were found: is the foreground of --saliency empty?", file=sys.stderr)
-        if chief and cfg.save_every and done % cfg.save_every == 0 and done < cfg.steps:
+    def loss_of() -> tuple[Tensor, dict[str, Tensor]]:
+        batch = next(loader)
+        skipped.update(line for item in batch["skipped"] for line in item.splitlines())
+        with torch.autocast(device.type, torch.bfloat16, enabled=cuda and cfg.amp):
+            src, trg = batch_features(cascade, batch, cache)
+            losses, counts = cascade(src, trg, batch["label"].to(device))
+        # Eq. (3): L_all = lambda_1 L_I + lambda_2 L_R + lambda_3 L_P
+        return sum(getattr(cfg, f"lambda_{stage}") * loss for stage, loss in losses.items()), losses | counts
+
+    def after(done: int, logged: dict[str, float]) -> None:
+        if not chief:
+            return
+        if logged.get("pairs") == 0 and done % cfg.log_every == 0:
+            tqdm.write("no pairs were found: is the foreground of --saliency empty?", file=sys.stderr)
+        if done < cfg.steps and cfg.save_every and done % cfg.save_every == 0:
             save_checkpoint(out / "last.pt", cascade, optimizer, done)
-        if val and cfg.val_every and done % cfg.val_every == 0 and done < cfg.steps:
+        if done < cfg.steps and val and cfg.val_every and done % cfg.val_every == 0:
             journal.measure(done, cascade, val, stages)
-        halt = torch.tensor(len(stop), device=device)
-        if world > 1:
-            dist.all_reduce(halt)
-        if halt:
-            break
-    if world > 1:
-        gathered = [None] * world
-        dist.all_gather_object(gathered, skipped)
-        skipped = set().union(*gathered)
+
+    clock = time.perf_counter()
+    done = fit(cfg, optimizer, start, cfg.steps, loss_of, lambda step: learning_rate(cfg, step), journal, after)
+    seconds = time.perf_counter() - clock
+    report_skipped(skipped)
     if chief:
-        seconds = time.perf_counter() - clock
-        if skipped:
-            print(f"{len(skipped)} unreadable files passed over: {'; '.join(sorted(skipped)[:5])}", file=sys.stderr)
         save_checkpoint(out / "last.pt", cascade, optimizer, done)
         if done < cfg.steps:
             print(f"stopped after step {done}; go on with --resume {out / 'last.pt'}")
         elif test:
-            after = journal.measure(done, cascade, test, stages)
-            shown = {"frozen backbone": before["nn"], f"{stages[-1]} stage": after[stages[-1]]}
+            after_training = journal.measure(done, cascade, test, stages)
+            shown = {"frozen backbone": before["nn"], f"{stages[-1]} stage": after_training[stages[-1]]}
             match_sheet(shown, test).save(out / "matches.png")
             print(f"matches drawn in {out / 'matches.png'}")
         print(f"checkpoint {out / 'last.pt'}, {seconds:.0f} s of training")

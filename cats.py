@@ -1,0 +1,298 @@
+"""CATs (Cho et al., NeurIPS 2021): the keypoint matcher that the labels are for (paper, section 4.3).
+
+Hyperpixels of a ResNet, or several blocks of a ViT, at 16x16 cells -> a cosine volume a level, each filtered by mutual
+nearest neighbours -> a transformer that reads the volumes' rows beside projected features, once for the target's cells
+and once, with the same weights, for the source's -> mean over levels -> soft-argmax: where in the source every cell of
+the target lies. Trained by finetune.py, scored by evaluate.py.
+
+A volume is (B, Ns, Nt) here, source first, N = 16 * 16. Its roles are CATs' own: the target's cells look into the
+source. `Cats.transfer` moves points source to target like the cascade's, by handing the images in swapped.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from modules import BACKBONES, Features, ViT, ViTBlock, cells_to_xy, cosine_volume, load_backbone
+
+GRID = 16  # cells a side; the aggregator's width is tied to it
+HYPERPIXELS = {"spair": "0,8,20,21,26,28,29,30", "pfpascal": "2,17,21,22,25,26,28"}  # of a ResNet-101, by CATs
+
+
+@dataclass
+class CatsConfig:
+    """The matcher; the defaults are CATs' own on SPair-71k."""
+
+    backbone: str = "resnet101"  # a ResNet of torchvision, or a ViT of modules.py; CATs: resnet101
+    backbone_weights: str | None = None  # local checkpoint of the backbone; none: downloaded on first use
+    levels: str | None = None  # ids of what is read, see cats.py; none: CATs' hyperpixels, or a ViT's last block
+    size: int = 256  # input side in pixels; CATs: 256
+    projection: int = 128  # channels of the projected features that stand beside a volume's rows; CATs: 128
+    depth: int = 1  # aggregator blocks; CATs: 1
+    heads: int = 6  # attention heads of a block; CATs: 6
+    beta: float = 0.02  # temperature of the soft-argmax; CATs: 0.02
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Features
+
+
+def read_weights(path: str) -> dict:
+    """A state dict from a file; ValueError in one line if it is missing or something else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a missing, damaged or foreign file fails in many ways
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"cannot read --backbone-weights {path} ({reason})") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"--backbone-weights {path}: not a state dict of torchvision")
+    return state
+
+
+class ResNetLevels(nn.Module):
+    """Hyperpixels (HPF) of a ResNet: level 0 is the stem after max pooling, level k the k-th residual block's sum
+    before its final ReLU. Blocks behind the last level are left away. Batch norm keeps its ImageNet statistics."""
+
+    patch = 16
+
+    def __init__(self, name: str, levels: list[int], weights: str | None, load: bool) -> None:
+        super().__init__()
+        net = torchvision.models.get_model(name)
+        if load:
+            if weights:
+                state = read_weights(weights)
+            else:
+                enum = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+                try:
+                    state = enum.get_state_dict(progress=True, check_hash=True)
+                except Exception as error:  # urllib raises many kinds
+                    way_out = "give torchvision's file with --backbone-weights FILE"
+                    raise ValueError(f"cannot download {enum.url} ({error}); {way_out}") from None
+            try:
+                net.load_state_dict(state)
+            except RuntimeError as error:
+                wrong = str(error).splitlines()[1].strip()
+                raise ValueError(f"--backbone-weights {weights} is not a {name} of torchvision: {wrong}") from None
+        blocks = [block for layer in (net.layer1, net.layer2, net.layer3, net.layer4) for block in layer]
+        check_levels(name, levels, len(blocks))
+        self.levels = levels
+        self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
+        self.blocks = nn.ModuleList(blocks[: max(levels)])
+        widths = [64] + [getattr(block, "conv3", block.conv2).out_channels for block in blocks]
+        self.widths = [widths[k] for k in levels]
+
+    def train(self, mode: bool = True) -> "ResNetLevels":
+        return super().train(False)  # the only thing that a mode changes here is batch norm
+
+    @staticmethod
+    def residual_sum(block: nn.Module, x: Tensor) -> Tensor:
+        """A basic or bottleneck block of torchvision without its final ReLU."""
+        out = block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x)))))
+        if hasattr(block, "conv3"):
+            out = block.bn3(block.conv3(F.relu(out)))
+        return out + (x if block.downsample is None else block.downsample(x))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Normalised RGB (B, 3, H, W) to a map (B, C, h, w) a level, in ascending order."""
+        x = self.stem(images)
+        maps = [x] if 0 in self.levels else []
+        for k, block in enumerate(self.blocks, 1):
+            before_relu = self.residual_sum(block, x)
+            if k in self.levels:
+                maps.append(before_relu)
+            x = F.relu(before_relu)
+        return maps
+
+
+class ViTLevels(nn.Module):
+    """The cells of several blocks of a ViT, each through the final LayerNorm."""
+
+    def __init__(self, name: str, levels: list[int], weights: str | None, load: bool) -> None:
+        super().__init__()
+        self.vit = load_backbone(name, weights).vit if load else ViT(BACKBONES[name])
+        check_levels(name, levels, len(self.vit.blocks) - 1)
+        self.levels, self.patch = levels, self.vit.spec.patch
+        self.vit.blocks = self.vit.blocks[: max(levels) + 1]
+        self.widths = [self.vit.spec.width] * len(levels)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Normalised RGB (B, 3, H, W) to a map (B, C, h, w) a level, in ascending order."""
+        h, w = (side // self.patch for side in images.shape[-2:])
+        x, maps = self.vit.embed(images), []
+        for k, block in enumerate(self.vit.blocks):
+            x = block(x)
+            if k in self.levels:
+                maps.append(self.vit.norm(x)[:, -h * w :].transpose(1, 2).unflatten(2, (h, w)))
+        return maps
+
+
+def check_levels(name: str, levels: list[int], last: int) -> None:
+    """ValueError unless the levels are some of a backbone's, ascending and each once."""
+    if levels != sorted(set(levels)) or not 0 <= levels[0] <= levels[-1] <= last:
+        given = ",".join(map(str, levels))
+        raise ValueError(f"--levels {given}: of {name}, some of 0 to {last} in ascending order, such as 0,{last}")
+
+
+def load_levels(cfg: CatsConfig, load: bool) -> ResNetLevels | ViTLevels:
+    """The backbone of a configuration; `load`: with its weights. ValueError names what is wrong with an option."""
+    vit = cfg.backbone in BACKBONES
+    resnets = torchvision.models.list_models(include="resnet*")
+    if not vit and cfg.backbone not in resnets:
+        raise ValueError(f"--backbone {cfg.backbone}: {', '.join([*resnets, *BACKBONES])}")
+    text = cfg.levels or (str(BACKBONES[cfg.backbone].depth - 1) if vit else HYPERPIXELS["spair"])
+    try:
+        levels = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--levels {text}: numbers joined by commas, such as {HYPERPIXELS['spair']}") from None
+    kind = ViTLevels if vit else ResNetLevels
+    return kind(cfg.backbone, levels, cfg.backbone_weights, load)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The matcher
+
+
+def mutual_filter(corr: Tensor) -> Tensor:
+    """Mutual nearest neighbours, softly (NC-Net): c * (c / best of its row) * (c / best of its column).
+
+    corr (..., Ns, Nt); a best of exactly zero counts as 1e-30.
+    """
+    best_src, best_trg = corr.amax(-2, keepdim=True), corr.amax(-1, keepdim=True)
+    best_src, best_trg = (best + 1e-30 * (best == 0) for best in (best_src, best_trg))
+    return corr * (corr / best_src) * (corr / best_trg)
+
+
+class AggregatorBlock(nn.Module):
+    """Attention among the cells of a level, then, where there are several, among the levels of a cell."""
+
+    def __init__(self, dim: int, heads: int, levels: int) -> None:
+        super().__init__()
+        self.cells = ViTBlock(dim, heads, layer_scale=False)
+        self.levels = ViTBlock(dim, heads, layer_scale=False) if levels > 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L levels, N cells, C), likewise returned."""
+        batch = len(x)
+        x = self.cells(x.flatten(0, 1)).unflatten(0, (batch, -1))
+        if self.levels is None:
+            return x
+        x = x.transpose(1, 2)  # (B, N, L, C)
+        return self.levels(x.flatten(0, 1)).unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+class Aggregator(nn.Module):
+    """CATs' transformer: refines the volumes of all levels, sees both directions, keeps a residual to each."""
+
+    def __init__(self, levels: int, projection: int, depth: int, heads: int) -> None:
+        super().__init__()
+        cells, dim = GRID**2, GRID**2 + projection
+        if dim % heads or dim % 2:
+            raise ValueError(f"--heads {heads}: must divide {cells} + --projection {projection}, an even number")
+        self.position_x = nn.Parameter(torch.zeros(1, levels, 1, GRID, dim // 2))
+        self.position_y = nn.Parameter(torch.zeros(1, levels, GRID, 1, dim // 2))
+        self.blocks = nn.Sequential(*(AggregatorBlock(dim, heads, levels) for _ in range(depth)))
+        self.proj = nn.Linear(dim, cells)
+        for name, p in self.named_parameters():
+            if name.startswith("position") or (name.endswith("weight") and p.ndim > 1):
+                nn.init.trunc_normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, corr: Tensor, src: Tensor, trg: Tensor) -> Tensor:
+        """corr (B, L, Ns, Nt), projected features src (B, L, Ns, P) and trg (B, L, Nt, P); returns (B, Ns, Nt)."""
+        shape = (-1, -1, GRID, GRID, -1)
+        position = torch.cat([self.position_x.expand(shape), self.position_y.expand(shape)], -1).flatten(2, 3)
+        # the target's cells are tokens: what each sees of the source
+        tokens = torch.cat([corr.transpose(-1, -2), trg], -1) + position
+        x = self.proj(self.blocks(tokens)).transpose(-1, -2) + corr
+        # the source's cells are tokens, same weights; the residual is the first volume again
+        tokens = torch.cat([x, src], -1) + position
+        return (self.proj(self.blocks(tokens)) + corr).mean(1)
+
+
+class Cats(nn.Module):
+    """CATs. `load`: with the backbone's weights; a checkpoint of finetune.py holds them itself."""
+
+    def __init__(self, cfg: CatsConfig, load: bool = True) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.backbone = load_levels(cfg, load)
+        widths = self.backbone.widths
+        self.project = nn.ModuleList(nn.Linear(width, cfg.projection) for width in widths)
+        self.aggregator = Aggregator(len(widths), cfg.projection, cfg.depth, cfg.heads)
+
+    def features(self, images: Tensor) -> Features:
+        """Images (B, 3, S, S) to Features whose cells hold the channels of all levels, one after the other."""
+        images = images.to(next(self.parameters()).device, non_blocking=True)
+        size = (GRID, GRID)
+        maps = [F.interpolate(m, size, mode="bilinear", align_corners=True) for m in self.backbone(images)]
+        feat = torch.cat(maps, 1).flatten(2).transpose(1, 2)  # (B, N, sum of C)
+        return Features(feat, feat.new_zeros(len(feat), 0), feat.new_ones(len(feat), *size))
+
+    def forward(self, src: Features, trg: Features) -> Tensor:
+        """The refined volume (B, Ns, Nt), float32."""
+        levels = [side.feat.split(self.backbone.widths, -1) for side in (src, trg)]
+        volumes = [cosine_volume(s, t, src.grid, trg.grid).flatten(3).flatten(1, 2) for s, t in zip(*levels)]
+        corr = torch.stack([mutual_filter(c) for c in volumes], 1)  # (B, L, Ns, Nt)
+        projected = (torch.stack([p(f) for p, f in zip(self.project, side)], 1) for side in levels)
+        return self.aggregator(corr, *projected).float()
+
+    @torch.no_grad()
+    def transfer(self, src: Features, trg: Features, points: Tensor, method: str = "cats") -> Tensor:
+        """Source to target: points (B, n, 2) as (x, y) in source cells to target cells.
+
+        The flow of the four cells around a point is read bilinearly; beyond the outermost centres it is theirs.
+        """
+        flow = flow_of(self(trg, src), self.cfg.beta)  # the source's cells look into the target
+        at = (points + 0.5) * (2 / GRID) - 1
+        sampled = F.grid_sample(flow, at[:, None], padding_mode="border", align_corners=False)  # (B, 2, 1, n)
+        return points + sampled[:, :, 0].transpose(1, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flow and loss. Flow is in cells, defined on the target's cells, and points into the source.
+
+
+def soft_argmax(corr: Tensor, beta: float) -> Tensor:
+    """Where in the source every target cell lies: sum over source cells of softmax(corr / beta) times their place.
+
+    corr (B, Ns, Nt); returns (B, Nt, 2) as (x, y) in cells.
+    """
+    places = cells_to_xy(torch.arange(GRID**2, device=corr.device), GRID)  # (Ns, 2)
+    return (corr.float() / beta).softmax(1).transpose(1, 2) @ places.float()
+
+
+def flow_of(corr: Tensor, beta: float) -> Tensor:
+    """Soft-argmax minus every target cell's own place. corr (B, Ns, Nt); returns (B, 2, 16, 16)."""
+    own = cells_to_xy(torch.arange(GRID**2, device=corr.device), GRID)
+    return (soft_argmax(corr, beta) - own).transpose(1, 2).unflatten(2, (GRID, GRID))
+
+
+def flow_target(src_kps: Tensor, trg_kps: Tensor, original: bool = False) -> tuple[Tensor, Tensor]:
+    """The flow that keypoints ask for, and where: CATs' receptive fields of 35 px at 256 px, 17/16 cells to each side.
+
+    src_kps, trg_kps (n, 2) in cells; returns flow (2, 16, 16) in cells and valid (16, 16) bool. A cell that some target
+    keypoints lie in gets the mean of their source keypoints minus their own mean.
+
+    original: CATs' released code, which takes the last source keypoint of a shared cell with the mean of its target
+    keypoints, and leaves out cells whose flow is exactly zero.
+    """
+    own = cells_to_xy(torch.arange(GRID**2), GRID).unflatten(0, (GRID, GRID))  # (16, 16, 2)
+    inside = ((trg_kps[:, None, None] - own).abs() <= 17 / 16).all(-1)  # (n, 16, 16)
+    share = inside / inside.sum(0).clamp(min=1)
+    src, trg = (torch.einsum("nyx,nc->cyx", share, kps) for kps in (src_kps, trg_kps))
+    valid = inside.any(0)
+    if original:
+        last = len(src_kps) - 1 - inside.flip(0).int().argmax(0)  # (16, 16)
+        src = src_kps[last].permute(2, 0, 1)
+    flow = (src - trg) * valid
+    return flow, (flow != 0).any(0) if original else valid
+
+
+def end_point_error(flow: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Mean distance of two flows (B, 2, h, w) over the valid cells (B, h, w) of the batch, in cells; 0 without any."""
+    distance = (flow - target).norm(dim=1)
+    return (distance * valid).sum() / valid.sum().clamp(min=1)
