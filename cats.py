@@ -200,6 +200,7 @@ class Aggregator(nn.Module):
                 nn.init.trunc_normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
+        nn.init.zeros_(self.proj.weight)  # the first volume is the backbone's own; CATs draws this one too
 
     def forward(self, corr: Tensor, src: Tensor, trg: Tensor) -> Tensor:
         """corr (B, L, Ns, Nt), projected features src (B, L, Ns, P) and trg (B, L, Nt, P); returns (B, Ns, Nt)."""

@@ -219,8 +219,11 @@ def _fingerprint(module: nn.Module) -> float:
     return float(sum(p.double().abs().sum() for p in module.parameters()))
 
 
-def read_checkpoint(path: str) -> dict:
-    """A checkpoint of train.py; ValueError in one line if the file is missing or something else."""
+def read_checkpoint(path: str, cls: type = Config, program: str = "train.py") -> dict:
+    """A checkpoint of train.py, or of another program here and its configuration's class.
+
+    Raises ValueError in one line if the file is missing or something else.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -228,10 +231,12 @@ def read_checkpoint(path: str) -> dict:
     except Exception as error:  # a damaged or foreign file fails in many ways
         reason = "not a file of torch.save" if "weights_only" in str(error) else str(error).partition("\n")[0]
         raise ValueError(f"cannot read checkpoint {path} ({reason or type(error).__name__})") from None
-    if not isinstance(state, dict) or not {"model", "config", "backbone"} <= state.keys():
-        raise ValueError(f"{path} is not a checkpoint written by train.py")
-    if unknown := state["config"].keys() - {field.name for field in dataclasses.fields(Config)}:
-        raise ValueError(f"{path} was written by another version of train.py: it has an option {min(unknown)}")
+    if not isinstance(state, dict) or not {"model", "config"} <= state.keys():
+        raise ValueError(f"{path} is not a checkpoint written by {program}")
+    if (written_by := state.get("program", "train.py")) != program:
+        raise ValueError(f"{path} is a checkpoint of {written_by}, not of {program}")
+    if unknown := state["config"].keys() - {field.name for field in dataclasses.fields(cls)}:
+        raise ValueError(f"{path} was written by another version of {program}: it has an option {min(unknown)}")
     return state
 
 
@@ -362,38 +367,53 @@ def learning_rate(cfg: Config, step: int) -> float:
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)))
 
 
+def cached_features(
+    compute: Callable[..., Features],
+    ids: list[int],
+    views: list[Tensor | None],
+    cache: dict | None,
+    device: torch.device,
+) -> Features:
+    """compute(*views), views (B, ...) of the images `ids`; with a cache no image passes the backbone twice."""
+    if cache is None:
+        return compute(*views)
+    new = [k for k, i in enumerate(ids) if i not in cache]
+    if new:
+        fresh = compute(*(None if view is None else view[new] for view in views))
+        for row, k in enumerate(new):
+            cache[ids[k]] = fresh.map(lambda x, row=row: x[row].cpu())
+    return Features(*(torch.stack(x).to(device) for x in zip(*(cache[i] for i in ids))))
+
+
 def batch_features(cascade: Cascade, batch: dict, cache: dict | None) -> tuple[Features, Features]:
     """Features of a micro-batch's sources and targets; an image passes the backbone once, or never again if cached."""
     ids = torch.cat(batch["index"]).tolist()  # sources, then targets
     images = torch.cat([batch["src_img"], batch["trg_img"]])
     saliency = torch.cat([batch["src_sal"], batch["trg_sal"]])
-    saliency = saliency if saliency.numel() else None
-    if cache is None:
-        both = cascade.features(images, saliency)
-    else:
-        new = [k for k, i in enumerate(ids) if i not in cache]
-        if new:
-            fresh = cascade.features(images[new], None if saliency is None else saliency[new])
-            for row, k in enumerate(new):
-                cache[ids[k]] = fresh.map(lambda x, row=row: x[row].cpu())
-        device = next(cascade.parameters()).device
-        both = Features(*(torch.stack(x).to(device) for x in zip(*(cache[i] for i in ids))))
+    views = [images, saliency if saliency.numel() else None]
+    both = cached_features(cascade.features, ids, views, cache, next(cascade.parameters()).device)
     half = len(ids) // 2
     return both.map(lambda x: x[:half]), both.map(lambda x: x[half:])
 
 
-def save_checkpoint(path: Path, cascade: Cascade, optimizer: torch.optim.Optimizer, step: int) -> None:
+def write_checkpoint(path: Path, state: dict) -> None:
     """Plain types and tensors, written beside the target and renamed, so that a kill leaves the old file or the new."""
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def save_checkpoint(path: Path, cascade: Cascade, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Everything that a resumed run needs."""
     state = {
+        "program": "train.py",
         "model": cascade.trained_state(),
         "optimizer": optimizer.state_dict(),
         "step": step,
         "config": dataclasses.asdict(cascade.cfg),
         "backbone": _fingerprint(cascade.backbone),
     }
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    write_checkpoint(path, state)
 
 
 def commit_of_source() -> str:
@@ -471,9 +491,11 @@ class Journal:
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step} | values) + "\n")
 
-    def measure(self, step: int, cascade: Cascade, keypoints: data.KeypointSet, methods: tuple[str, ...]) -> dict:
-        """PCK of the given methods, printed and recorded; returns their predictions."""
-        predictions = predict(cascade, keypoints, methods, quiet=True)
+    def measure(
+        self, step: int, matcher, keypoints: data.KeypointSet, methods: tuple[str, ...]
+    ) -> tuple[dict[str, list[float]], dict[str, list[Tensor]]]:
+        """PCK of the given methods, printed and recorded; returns it by method, and the predictions."""
+        predictions = predict(matcher, keypoints, methods, quiet=True)
         found = {
             m: score(p, keypoints, rule=keypoints.rule)[keypoints.rule]["per_image"] for m, p in predictions.items()
         }
@@ -482,7 +504,7 @@ class Journal:
         tqdm.write(f"step {step}: PCK@{'/'.join(map(str, ALPHAS))} on {protocol}")
         for method, values in found.items():
             tqdm.write(f"    {method:7s}" + "".join(f"{v:7.1f}" for v in values))
-        return predictions
+        return found, predictions
 
 
 def start_processes(device: torch.device) -> tuple[int, int]:
@@ -602,7 +624,7 @@ def train(cfg: Config, resume: str | None = None) -> Cascade:
         print(f"{len(images)} images of {len(images.classes)} classes, {millions:.2f} M trainable parameters")
         journal = Journal(out, start)
         if test:
-            before = journal.measure(start, cascade, test, BACKBONE_METHODS)
+            _, before = journal.measure(start, cascade, test, BACKBONE_METHODS)
 
     def loss_of() -> tuple[Tensor, dict[str, Tensor]]:
         batch = next(loader)
@@ -632,7 +654,7 @@ def train(cfg: Config, resume: str | None = None) -> Cascade:
         if done < cfg.steps:
             print(f"stopped after step {done}; go on with --resume {out / 'last.pt'}")
         elif test:
-            after_training = journal.measure(done, cascade, test, stages)
+            _, after_training = journal.measure(done, cascade, test, stages)
             shown = {"frozen backbone": before["nn"], f"{stages[-1]} stage": after_training[stages[-1]]}
             match_sheet(shown, test).save(out / "matches.png")
             print(f"matches drawn in {out / 'matches.png'}")
