@@ -1,4 +1,4 @@
-"""PCK of a trained cascade, or of its frozen backbone alone, on annotated pairs (paper, section 4.2).
+"""PCK of a trained cascade, of CATs, or of a frozen backbone alone, on annotated pairs (paper, section 4.2).
 
     python evaluate.py --dataset shapes --checkpoint runs/quick/last.pt
     python evaluate.py --dataset pfwillow --datapath PF-WILLOW --checkpoint runs/caltech/last.pt
@@ -473,7 +473,8 @@ def predict_shared(matcher, keypoints: data.KeypointSet, methods: list[str], bat
 
 
 def main() -> None:
-    from train import BACKBONE_METHODS, PRESETS, STAGES, Cascade, Config, find_device, load_cascade
+    from finetune import load_matcher
+    from train import BACKBONE_METHODS, PRESETS, STAGES, Cascade, Config, find_device, load_cascade, read_state
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -482,7 +483,7 @@ def main() -> None:
     parser.add_argument("--datapath", help="folder of the data set, or one that holds it; default: the current one")
     parser.add_argument("--split", help="trn, val or test (default; labels: val); shapes: train, val, test")
     parser.add_argument("--download", action="store_true", help="fetch the data set into --datapath if it is not there")
-    parser.add_argument("--checkpoint", help="checkpoint written by train.py")
+    parser.add_argument("--checkpoint", help="checkpoint written by train.py or finetune.py")
     parser.add_argument(
         "--stage", nargs="+", choices=("image", "region", "pixel"), help="default: the last one trained"
     )
@@ -530,15 +531,21 @@ def main() -> None:
     if args.download:
         data.download((args.dataset or "--pairs").removesuffix("-small"), args.datapath)
     keypoints = data.csv_pairs(args.pairs) if args.pairs else DATASETS[args.dataset](args.datapath, split)
-    if args.checkpoint:
-        cascade = load_cascade(args.checkpoint, weights=args.weights, device=device, **overrides)
-        methods = (args.stage or [cascade.cfg.final_stage]) + (args.baseline or [])
+    if args.checkpoint and read_state(args.checkpoint)["program"] == "finetune.py":
+        if args.stage or args.baseline or args.weights or overrides:
+            raise ValueError(
+                f"{args.checkpoint} is CATs: no --stage, --baseline, --weights, --backbone, --layer or --size"
+            )
+        matcher, methods = load_matcher(args.checkpoint, device), ["cats"]
+    elif args.checkpoint:
+        matcher = load_cascade(args.checkpoint, weights=args.weights, device=device, **overrides)
+        methods = (args.stage or [matcher.cfg.final_stage]) + (args.baseline or [])
+        if missing := [m for m in methods if m in STAGES[matcher.cfg.stages :]]:
+            raise ValueError(f"--stage {missing[0]}: {args.checkpoint} ends with the {matcher.cfg.final_stage} stage")
     else:
         preset = PRESETS["quick"] if args.dataset == "shapes" else {}
-        cascade = Cascade(Config(**preset | overrides | {"weights": args.weights})).to(device).eval()
+        matcher = Cascade(Config(**preset | overrides | {"weights": args.weights})).to(device).eval()
         methods = args.baseline
-    if missing := [m for m in methods if m in STAGES[cascade.cfg.stages :]]:
-        raise ValueError(f"--stage {missing[0]}: {args.checkpoint} ends with the {cascade.cfg.final_stage} stage")
     methods = list(dict.fromkeys(methods))
     alphas = tuple(args.alpha or ((0.01, 0.05, 0.10) if (args.dataset or "").startswith("spair") else ALPHAS))
     rule = None if args.thres == "auto" else args.thres
@@ -549,7 +556,7 @@ def main() -> None:
         start, how = time.perf_counter(), PROTOCOLS[name or "target"]
         asked = how.swap, how.frame if how.whole else None  # what the predictions depend on
         if asked not in done:
-            done[asked] = predict_shared(cascade, keypoints, methods, args.batch, how)
+            done[asked] = predict_shared(matcher, keypoints, methods, args.batch, how)
             seconds = time.perf_counter() - start
             if not rank:
                 rate = f"{len(keypoints) / seconds:.1f} pairs/s on {device}"
@@ -559,7 +566,7 @@ def main() -> None:
             continue
         scores[name or "target"] = {m: score(p, keypoints, alphas, name, rule) for m, p in found.items()}
         for method, table in scores[name or "target"].items():
-            print_scores(table, method, keypoints, alphas, cascade.cfg.size, name or "target")
+            print_scores(table, method, keypoints, alphas, matcher.cfg.size, name or "target")
         if not how.swap:
             predictions = found
     if dist.is_initialized():
@@ -580,7 +587,7 @@ def main() -> None:
         draw_results(Path(args.out), predictions, keypoints, args.visualize, rule)
         print(f"worst, middle and best pairs of every class, and the PCK curve, drawn in {Path(args.out)}")
     if args.json:
-        cfg = {key: getattr(cascade.cfg, key) for key in ("backbone", "layer", "size")}
+        cfg = {key: getattr(matcher.cfg, key, None) for key in ("backbone", "layer", "levels", "size")}
         report = {"dataset": keypoints.name, "pairs": len(keypoints), "alphas": alphas} | cfg
         Path(args.json).write_text(json.dumps(report | {"checkpoint": args.checkpoint, "scores": scores}, indent=1))
 

@@ -219,10 +219,10 @@ def _fingerprint(module: nn.Module) -> float:
     return float(sum(p.double().abs().sum() for p in module.parameters()))
 
 
-def read_checkpoint(path: str, cls: type = Config, program: str = "train.py") -> dict:
-    """A checkpoint of train.py, or of another program here and its configuration's class.
+def read_state(path: str) -> dict:
+    """What a checkpoint of this project holds; ValueError in one line if the file is missing or something else.
 
-    Raises ValueError in one line if the file is missing or something else.
+    Its "program" wrote it: train.py, or finetune.py.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -232,9 +232,15 @@ def read_checkpoint(path: str, cls: type = Config, program: str = "train.py") ->
         reason = "not a file of torch.save" if "weights_only" in str(error) else str(error).partition("\n")[0]
         raise ValueError(f"cannot read checkpoint {path} ({reason or type(error).__name__})") from None
     if not isinstance(state, dict) or not {"model", "config"} <= state.keys():
-        raise ValueError(f"{path} is not a checkpoint written by {program}")
-    if (written_by := state.get("program", "train.py")) != program:
-        raise ValueError(f"{path} is a checkpoint of {written_by}, not of {program}")
+        raise ValueError(f"{path} is not a checkpoint written by train.py or finetune.py")
+    return {"program": "train.py"} | state
+
+
+def read_checkpoint(path: str, cls: type = Config, program: str = "train.py") -> dict:
+    """A checkpoint that one program wrote, with that program's configuration class."""
+    state = read_state(path)
+    if state["program"] != program:
+        raise ValueError(f"{path} is a checkpoint of {state['program']}, not of {program}")
     if unknown := state["config"].keys() - {field.name for field in dataclasses.fields(cls)}:
         raise ValueError(f"{path} was written by another version of {program}: it has an option {min(unknown)}")
     return state
