@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from modules import BACKBONES, Features, ViT, ViTBlock, cells_to_xy, cosine_volume, load_backbone
 
 GRID = 16  # cells a side; the aggregator's width is tied to it
-HYPERPIXELS = {"spair": "0,8,20,21,26,28,29,30", "pfpascal": "2,17,21,22,25,26,28"}  # of a ResNet-101, by CATs
+HYPERPIXELS = "0,8,20,21,26,28,29,30"  # of a ResNet-101, CATs' choice on SPair-71k
 
 
 @dataclass
@@ -28,7 +28,7 @@ class CatsConfig:
 
     backbone: str = "resnet101"  # a ResNet of torchvision, or a ViT of modules.py; CATs: resnet101
     backbone_weights: str | None = None  # local checkpoint of the backbone; none: downloaded on first use
-    levels: str | None = None  # ids of what is read, see cats.py; none: CATs' hyperpixels, or a ViT's last block
+    levels: str | None = None  # blocks that are read; CATs on PF-PASCAL: 2,17,21,22,25,26,28; none: see cats.py
     size: int = 256  # input side in pixels; CATs: 256
     projection: int = 128  # channels of the projected features that stand beside a volume's rows; CATs: 128
     depth: int = 1  # aggregator blocks; CATs: 1
@@ -142,7 +142,7 @@ def load_levels(cfg: CatsConfig, load: bool) -> ResNetLevels | ViTLevels:
     resnets = torchvision.models.list_models(include="resnet*")
     if not vit and cfg.backbone not in resnets:
         raise ValueError(f"--backbone {cfg.backbone}: {', '.join([*resnets, *BACKBONES])}")
-    text = cfg.levels or (str(BACKBONES[cfg.backbone].depth - 1) if vit else HYPERPIXELS["spair"])
+    text = cfg.levels or (str(BACKBONES[cfg.backbone].depth - 1) if vit else HYPERPIXELS)
     try:
         levels = [int(part) for part in text.split(",")]
     except ValueError:

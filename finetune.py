@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -79,19 +80,24 @@ class FinetuneConfig(CatsConfig, SemiConfig):
     save_every: int = 200  # steps; every epoch saves too
 
 
-# What a bare run on shapes changes: no weights to fetch, a few minutes on a CPU.
-QUICK = dict(
-    backbone="random_vit8",
-    size=128,
-    batch=8,
-    lr=3e-4,
-    backbone_lr=0.0,
-    epochs=4,
-    pretrain_epochs=8,
-    epoch_steps=100,
-    seed=0,
-    out="runs/cats_shapes",
-)
+# `shapes` is what runs on the built-in set start from: frozen features that were trained on photographs, a few minutes.
+PRESETS = {
+    "shapes": dict(
+        backbone="dinov2_vits14",
+        levels="10",
+        size=224,
+        augment=False,
+        cache_features=True,
+        batch=4,
+        lr=2e-4,
+        backbone_lr=0.0,
+        epochs=2,
+        pretrain_epochs=12,
+        epoch_steps=40,
+        seed=0,
+        out="runs/cats_shapes",
+    )
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -269,14 +275,28 @@ def chosen_pairs(keypoints: data.KeypointSet, annotated: int, seed: int) -> list
     return sorted(order[:annotated]) if annotated else list(range(len(keypoints)))
 
 
-def run_phase(cfg: FinetuneConfig, phase: str, matcher: Cats, device: torch.device, state: dict | None) -> bool:
+class Sets(NamedTuple):
+    """What a phase trains on and what chooses its best weights."""
+
+    train: data.KeypointSet
+    numbers: list[int]  # the pairs of it that are used
+    val: data.KeypointSet
+
+
+def load_sets(cfg: FinetuneConfig, phase: str) -> Sets:
+    """The label set of "pretrain", the benchmark of "finetune"."""
+    name, root = ("labels", cfg.pretrain) if phase == "pretrain" else (cfg.dataset, cfg.root)
+    train, val = (DATASETS[name](root, split) for split in ("train" if name == "shapes" else "trn", "val"))
+    return Sets(train, chosen_pairs(train, cfg.annotated if phase == "finetune" else 0, cfg.seed), val)
+
+
+def run_phase(
+    cfg: FinetuneConfig, phase: str, sets: Sets, matcher: Cats, device: torch.device, state: dict | None
+) -> bool:
     """Train on the labels ("pretrain") or the keypoints ("finetune"), from `state` if that is a checkpoint of this
     phase; leaves the best weights in the matcher and in OUT/phase/best.pt. Returns False if it was stopped."""
     rank, world = processes()
-    name, root = ("labels", cfg.pretrain) if phase == "pretrain" else (cfg.dataset, cfg.root)
-    keypoints = DATASETS[name](root, "train" if name == "shapes" else "trn")
-    val = DATASETS[name](root, "val") if rank == 0 else None
-    numbers = chosen_pairs(keypoints, cfg.annotated if phase == "finetune" else 0, cfg.seed)
+    keypoints, numbers, val = sets
     semi = cfg.semi and phase == "finetune"
     own = dataclasses.replace(cfg, semi=semi)  # what the views and losses of this phase are
     per_epoch = cfg.epoch_steps or max(1, len(numbers) // (cfg.batch * cfg.accumulate * world))
@@ -354,16 +374,17 @@ def finetune(cfg: FinetuneConfig, resume: str | None = None) -> Cats:
     rank, _ = start_processes(device)
     if rank == 0:
         print_header(cfg, device)
-    torch.manual_seed(cfg.seed)  # the same initial weights in every process
-    matcher = Cats(cfg).to(device)
     phases = ["pretrain"] * bool(cfg.pretrain) + ["finetune"] * bool(cfg.dataset)
     if resume:
         state = read_checkpoint(resume, FinetuneConfig, "finetune.py")
         phases = phases[phases.index(state["phase"]) :]
-    elif cfg.checkpoint:
+    sets = [load_sets(cfg, phase) for phase in phases]
+    torch.manual_seed(cfg.seed)  # the same initial weights in every process
+    matcher = Cats(cfg, load=not (resume or cfg.checkpoint)).to(device)
+    if cfg.checkpoint and not resume:
         copy_weights(matcher, cfg.checkpoint)
-    for phase in phases:
-        if not run_phase(cfg, phase, matcher, device, state):
+    for phase, pairs in zip(phases, sets):
+        if not run_phase(cfg, phase, pairs, matcher, device, state):
             break
         state = None
     if dist.is_initialized():
@@ -376,10 +397,15 @@ def parse_config(argv: list[str] | None) -> tuple[FinetuneConfig, str | None]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
     )
+    parser.add_argument("--preset", choices=PRESETS, help="shapes: on shapes the default; replaces some defaults below")
     parser.add_argument("--resume", help="last.pt of this run to go on from")
     add_options(parser, FinetuneConfig)
     given = vars(parser.parse_args(argv))
-    resume, base = given.pop("resume", None), {}
+    resume = given.pop("resume", None)
+    preset = given.pop("preset", "shapes" if given.get("dataset") == "shapes" else None)
+    base = dict(PRESETS[preset]) if preset else {}
+    if "backbone" in given:
+        base.pop("levels", None)  # they are those of the preset's backbone
     if resume:
         state = read_checkpoint(resume, FinetuneConfig, "finetune.py")
         if "optimizer" not in state:
@@ -388,8 +414,6 @@ def parse_config(argv: list[str] | None) -> tuple[FinetuneConfig, str | None]:
         free = {"root", "out", "workers", "device", "log_every", "save_every", "pretrain"}
         if changed := [name for name in given if name not in free and given[name] != base[name]]:
             raise ValueError(f"--resume goes on with the run as it was: --{changed[0].replace('_', '-')} cannot change")
-    elif given.get("dataset") == "shapes":
-        base = dict(QUICK)
     cfg = FinetuneConfig(**base | given)
     known = [name for name in DATASETS if name not in ("labels", "pfwillow")]
     if not (cfg.pretrain or cfg.dataset):
