@@ -114,6 +114,15 @@ def test_a_warp_by_whole_pixels_shifts_and_marks_what_came_from_outside(mode):
             assert torch.allclose(got[0, :, row, column], want, atol=1e-4)
 
 
+def test_between_pixels_nearest_takes_one_and_a_border_that_was_read_in_part_is_outside():
+    x = torch.rand(1, 1, 5, 8)
+    for mode in ("bilinear", "nearest"):
+        got, inside = semimatch.warp(x, shift(0.4, 0, 5, 8), STILL, mode)
+        want = 0.6 * x[..., :-1] + 0.4 * x[..., 1:] if mode == "bilinear" else x[..., :-1]
+        assert torch.allclose(got[..., :-1], want, atol=1e-4)
+        assert inside[..., :-1].all() and not inside[..., -1].any() and not got[..., -1].any()
+
+
 def test_the_affine_map_comes_before_the_spline():
     x, affine = torch.rand(1, 1, 9, 9), torch.tensor([[[0.6, 0.3, 0.1], [-0.2, 0.7, 0.0]]])
     offsets = 0.3 * torch.rand(1, 9, 2) - 0.15
@@ -180,7 +189,9 @@ def literal_labels(corr, affine_shift, src_box, trg_box, cfg):
     found = []
     for t in range(ht * wt):
         x, y = t % wt + affine_shift[0], t // wt + affine_shift[1]
-        if not (0 <= x < wt and 0 <= y < ht):
+        outside = not (0 <= x <= wt - 1 and 0 <= y <= ht - 1)
+        x, y = round(x), round(y)
+        if outside:
             found.append((None, None, False))
             continue
         column = corr[0, :, y * wt + x] / cfg.semi_temperature
@@ -194,7 +205,7 @@ def literal_labels(corr, affine_shift, src_box, trg_box, cfg):
     return found
 
 
-@pytest.mark.parametrize("by", [(0, 0), (1, 0), (-1, 2)])
+@pytest.mark.parametrize("by", [(0, 0), (1, 0), (-1, 2), (0.4, 0)])
 @pytest.mark.parametrize("boxes", [((0, 0, 4, 3), (0, 0, 2, 5)), ((1, 0, 4, 2), (0, 1, 1, 4))])
 def test_pseudo_labels_by_loops(by, boxes):
     cfg, corr = SemiConfig(), sharp_volume()
