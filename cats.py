@@ -83,6 +83,7 @@ class ResNetLevels(nn.Module):
         self.blocks = nn.ModuleList(blocks[: max(levels)])
         widths = [64] + [getattr(block, "conv3", block.conv2).out_channels for block in blocks]
         self.widths = [widths[k] for k in levels]
+        self.eval()
 
     def train(self, mode: bool = True) -> "ResNetLevels":
         return super().train(False)  # the only thing that a mode changes here is batch norm
@@ -112,7 +113,11 @@ class ViTLevels(nn.Module):
 
     def __init__(self, name: str, levels: list[int], weights: str | None, load: bool) -> None:
         super().__init__()
-        self.vit = load_backbone(name, weights).vit if load else ViT(BACKBONES[name])
+        try:
+            self.vit = load_backbone(name, weights).vit if load else ViT(BACKBONES[name])
+        except ValueError as error:  # it speaks of train.py's option
+            given = f"--backbone-weights {weights}: " * bool(weights)
+            raise ValueError(given + str(error).replace("--weights", "--backbone-weights")) from None
         check_levels(name, levels, len(self.vit.blocks) - 1)
         self.levels, self.patch = levels, self.vit.spec.patch
         self.vit.blocks = self.vit.blocks[: max(levels) + 1]
@@ -146,7 +151,7 @@ def load_levels(cfg: CatsConfig, load: bool) -> ResNetLevels | ViTLevels:
     try:
         levels = [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"--levels {text}: numbers joined by commas, such as {HYPERPIXELS['spair']}") from None
+        raise ValueError(f"--levels {text}: numbers joined by commas, such as {HYPERPIXELS}") from None
     kind = ViTLevels if vit else ResNetLevels
     return kind(cfg.backbone, levels, cfg.backbone_weights, load)
 
