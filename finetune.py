@@ -13,6 +13,7 @@ read here.
 
 import argparse
 import dataclasses
+import functools
 import math
 import re
 import sys
@@ -160,11 +161,11 @@ class KeypointViews(Dataset):
     def side(self, image: int, points: Tensor, box: data.Box, rng: np.random.Generator) -> tuple:
         """One image of a pair: the picture, its crop, points and box (4,) in cells of the crop's view."""
         picture = self.keypoints.load(image)[0]
-        around = torch.cat([torch.tensor(box).view(2, 2), points])  # a crop loses neither the object nor a point
+        # a crop loses neither the object nor a point; a box has edges, points are centres of pixels
+        around = torch.cat([torch.tensor(box).view(2, 2), points + 0.5])
         crop = (0.0, 0.0, *map(float, picture.size))
         if self.cfg.augment and rng.random() < 0.5:
             crop = random_crop(picture.size, (*around.amin(0).tolist(), *around.amax(0).tolist()), rng)
-        # a box has edges, not centres of pixels
         edges = to_view(torch.tensor(box).view(2, 2) - 0.5, crop, GRID).flatten()
         return picture, crop, to_view(points, crop, GRID), edges
 
@@ -347,17 +348,18 @@ def run_phase(
     if rank == 0:
         journal = Journal(folder, start)
         print(f"{phase} on {keypoints.name}: {len(numbers)} pairs, {steps} steps, best of {val.name}")
-        if not state:
+        if not start:
             measure(0)
             save("last.pt", 0)
     matcher.train()
     clock = time.perf_counter()
-    done = fit(cfg, optimizer, start, steps, loss_of, lambda step: learning_rate(cfg, step, steps), journal, after)
+    rate = functools.partial(learning_rate, cfg, steps=steps)
+    done, stopped = fit(cfg, optimizer, start, steps, loss_of, rate, journal, after)
     report_skipped(skipped)
-    if rank == 0 and done < steps:
-        save("last.pt", done)
-        print(f"stopped after step {done}; go on with --resume {folder / 'last.pt'}")
-    if done < steps:
+    if stopped and (done < steps or phase == "pretrain"):
+        if rank == 0:
+            save("last.pt", done)
+            print(f"stopped after step {done}; go on with --resume {folder / 'last.pt'}")
         return False
     if world > 1:
         dist.barrier()

@@ -550,8 +550,8 @@ def fit(
     rate: Callable[[int], float],
     journal: Journal | None,
     after: Callable[[int, dict[str, float]], None],
-) -> int:
-    """The one training loop, from step `start` to `steps`; returns the step it came to: Ctrl-C stops it early.
+) -> tuple[int, bool]:
+    """The one training loop, from step `start` to `steps`; returns the step it came to and if Ctrl-C stopped it.
 
     cfg: accumulate, clip, log_every. loss_of: loss of the next micro-batch, and what is logged. rate: the learning rate
     of a step, which every group of the optimiser takes times its "scale". journal: of the process that writes one.
@@ -592,8 +592,8 @@ def fit(
         if dist.is_initialized():
             dist.all_reduce(halt)
         if halt:
-            break
-    return done
+            return done, True
+    return done, False
 
 
 def train(cfg: Config, resume: str | None = None) -> Cascade:
@@ -652,7 +652,7 @@ def train(cfg: Config, resume: str | None = None) -> Cascade:
             journal.measure(done, cascade, val, stages)
 
     clock = time.perf_counter()
-    done = fit(cfg, optimizer, start, cfg.steps, loss_of, lambda step: learning_rate(cfg, step), journal, after)
+    done, _ = fit(cfg, optimizer, start, cfg.steps, loss_of, lambda step: learning_rate(cfg, step), journal, after)
     seconds = time.perf_counter() - clock
     report_skipped(skipped)
     if chief:

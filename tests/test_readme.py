@@ -24,17 +24,19 @@ def test_every_test_it_names_exists():
 
 
 def test_every_option_of_its_commands_is_known():
+    from finetune import FinetuneConfig
     from label import LabelConfig
     from train import Config
 
     fields = Config.__dataclass_fields__.keys() | LabelConfig.__dataclass_fields__.keys()
+    fields |= FinetuneConfig.__dataclass_fields__.keys()
     options = {f"--{name.replace('_', '-')}" for name in fields}
     options |= {"--preset", "--resume", "--help"}
     options |= {f"--no-{name[2:]}" for name in options}
     for path in ("evaluate.py", "pixel_stage.py", "tests/benchmark.py"):
         options |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', (ROOT / path).read_text()))
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
-    named -= {"--nproc_per_node", "--benchmark", "--epochs", "--pretrained"}  # of other programs
+    named -= {"--nproc_per_node", "--benchmark", "--pretrained", "--load"}  # of other programs
     assert named <= options, named - options
 
 
