@@ -138,7 +138,8 @@ def check_levels(name: str, levels: list[int], last: int) -> None:
     """ValueError unless the levels are some of a backbone's, ascending and each once."""
     if levels != sorted(set(levels)) or not 0 <= levels[0] <= levels[-1] <= last:
         given = ",".join(map(str, levels))
-        raise ValueError(f"--levels {given}: of {name}, some of 0 to {last} in ascending order, such as 0,{last}")
+        such = ",".join(map(str, sorted({0, last})))
+        raise ValueError(f"--levels {given}: of {name}, some of 0 to {last} in ascending order, such as {such}")
 
 
 def load_levels(cfg: CatsConfig, load: bool) -> ResNetLevels | ViTLevels:

@@ -425,7 +425,7 @@ def parse_config(argv: list[str] | None) -> tuple[FinetuneConfig, str | None]:
     for name in ("size", "projection", "depth", "heads", "epochs", "pretrain_epochs", "batch", "accumulate"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
-    for name in ("annotated", "epoch_steps", "backbone_lr", "save_every", "workers", "seed"):
+    for name in ("annotated", "epoch_steps", "backbone_lr", "save_every", "workers", "seed", "clip"):
         if getattr(cfg, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: not negative")
     for name in ("lr", "beta", "semi_gamma", "semi_temperature", "log_every"):

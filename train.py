@@ -320,7 +320,7 @@ def parse_config(argv: list[str] | None, only: str | None) -> tuple[Config, str 
     for name in positive.split():
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
-    for name in ("seed", "warmup", "steps", "layers", "volume_depth", "ffn_ratio", "workers"):
+    for name in ("seed", "warmup", "steps", "layers", "volume_depth", "ffn_ratio", "workers", "clip"):
         if getattr(cfg, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: not negative")
     if cfg.only and cfg.shared_attention:
@@ -559,9 +559,9 @@ def fit(
     Raises ValueError when the loss is no longer finite.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    chief, stop, clock, done = journal is not None, [], time.perf_counter(), start
-    for name in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, leave
-        signal.signal(name, lambda number, frame: stop.append(number))
+    chief, stop, stopped, clock, done = journal is not None, [], False, time.perf_counter(), start
+    # finish the step, save, leave
+    signals = {n: signal.signal(n, lambda number, frame: stop.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
     for step in tqdm(range(start, steps), initial=start, total=steps, disable=not (chief and sys.stderr.isatty())):
         for group in optimizer.param_groups:
             group["lr"] = rate(step) * group["scale"]
@@ -591,9 +591,11 @@ def fit(
         halt = torch.tensor(len(stop), device=params[0].device)
         if dist.is_initialized():
             dist.all_reduce(halt)
-        if halt:
-            return done, True
-    return done, False
+        if stopped := bool(halt):
+            break
+    for number, handler in signals.items():
+        signal.signal(number, handler)
+    return done, stopped
 
 
 def train(cfg: Config, resume: str | None = None) -> Cascade:

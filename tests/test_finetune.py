@@ -34,8 +34,8 @@ from finetune import (
     to_view,
 )
 
-MATCHER = "--backbone random_vit8 --size 128 --projection 16 --heads 4 --device cpu"
-SMALL = f"{MATCHER} --augment --no-cache-features --batch 2 --epochs 2 --pretrain-epochs 2 --epoch-steps 2 --log-every 1 --seed 5".split()
+MATCHER = "--backbone random_vit8 --size 128 --projection 16 --heads 4 --device cpu --augment --no-cache-features"
+SMALL = f"{MATCHER} --batch 2 --epochs 2 --pretrain-epochs 2 --epoch-steps 2 --log-every 1 --seed 5".split()
 RATES = "--lr 1e-3 --backbone-lr 1e-4".split()
 BOTH = [*SMALL, *RATES, "--dataset", "shapes", "--annotated", "4", "--save-every", "3"]
 STEPS = 4  # of either phase
@@ -162,14 +162,14 @@ class Rulers:
         return ruler(*self.sizes[index], unit=3), None
 
 
-def pair_of(src: int, trg: int, points: list[list[float]], src_box: data.Box, trg_box: data.Box) -> data.KeypointPair:
-    a, b = torch.tensor(points)[:, None]
+def pair_of(src: int, trg: int, points: list, src_box: data.Box, trg_box: data.Box) -> data.KeypointPair:
+    a, b = torch.tensor(points)
     return data.KeypointPair(src, trg, a, b, "ruler", src_box, trg_box)
 
 
 PAIRS = [
-    pair_of(0, 1, [[36.0, 28.0], [30.0, 40.5]], (24, 20, 52, 44), (15, 30, 50, 70)),
-    pair_of(2, 3, [[20.0, 27.0], [55.0, 18.25]], (15, 20, 30, 30), (30, 16, 60, 36)),
+    pair_of(0, 1, [[[36.0, 28.0], [44.0, 33.0]], [[30.0, 40.5], [31.0, 43.0]]], (24, 20, 52, 44), (15, 30, 50, 70)),
+    pair_of(2, 3, [[[20.0, 27.0]], [[55.0, 18.25]]], (15, 20, 30, 30), (30, 16, 60, 36)),
 ]
 
 
@@ -195,18 +195,18 @@ def cells(points: torch.Tensor, crop: torch.Tensor) -> torch.Tensor:
     return (points - crop[:2]) / (crop[2:] - crop[:2]) * 16 - 0.5
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_points_and_boxes_move_with_the_crop_that_the_views_show(number):
+@pytest.mark.parametrize("number, original", [(0, False), (0, True), (1, False)])
+def test_points_and_boxes_move_with_the_crop_that_the_views_show(number, original):
     pair, whole = PAIRS[number], []
     for place in range(30):
-        item = views()[0, number, place]
+        item = views(original_target=original)[0, number, place]
         assert torch.equal(item["plain"], item["trg"]) and torch.equal(item["strong"], item["trg"])
         src, trg = read_crop(item["src"]), read_crop(item["trg"])
         torch.testing.assert_close(src, src.round(), rtol=0, atol=0.3)
         src, trg = src.round(), trg.round()
         whole += [crop[:2].tolist() == [0, 0] and crop[2:].tolist() == list(size)
                   for crop, size in zip((src, trg), (Rulers().sizes[i] for i in pair[:2]))]  # fmt: skip
-        flow, valid = flow_target(cells(pair.src_kps + 0.5, src), cells(pair.trg_kps + 0.5, trg))
+        flow, valid = flow_target(cells(pair.src_kps + 0.5, src), cells(pair.trg_kps + 0.5, trg), original)
         assert torch.equal(item["valid"], valid) and valid.any()
         torch.testing.assert_close(item["flow"], flow, rtol=1e-3, atol=1e-3)
         for name, crop, box in (("src_box", src, pair.src_box), ("trg_box", trg, pair.trg_box)):
