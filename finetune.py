@@ -413,7 +413,7 @@ def parse_config(argv: list[str] | None) -> tuple[FinetuneConfig, str | None]:
         if "optimizer" not in state:
             raise ValueError(f"{resume} cannot be gone on from: --resume takes last.pt, best.pt is for --checkpoint")
         base = state["config"]
-        free = {"root", "out", "workers", "device", "log_every", "save_every", "pretrain"}
+        free = {"root", "workers", "device", "log_every", "save_every", "pretrain"}
         if changed := [name for name in given if name not in free and given[name] != base[name]]:
             raise ValueError(f"--resume goes on with the run as it was: --{changed[0].replace('_', '-')} cannot change")
     cfg = FinetuneConfig(**base | given)

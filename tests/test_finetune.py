@@ -591,6 +591,7 @@ def test_a_run_goes_on_only_as_it_was_and_from_its_last_checkpoint(whole):
     assert words.format("lr") in refused("--resume", last, "--lr", "0.5")
     assert words.format("backbone-lr") in refused("--resume", last, "--backbone-lr", "0")
     assert words.format("semi") in refused("--resume", last, "--semi")
+    assert words.format("out") in refused("--resume", last, "--out", "elsewhere")  # best.pt would stay behind
     cfg, resume = parse_config(["--resume", str(last), "--lr", "1e-3", "--workers", "1"])
     before = FinetuneConfig(**checkpoint(last)["config"])
     assert resume == str(last) and cfg == dataclasses.replace(before, workers=1)
