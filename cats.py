@@ -269,7 +269,8 @@ def soft_argmax(corr: Tensor, beta: float) -> Tensor:
     corr (B, Ns, Nt); returns (B, Nt, 2) as (x, y) in cells.
     """
     places = cells_to_xy(torch.arange(GRID**2, device=corr.device), GRID)  # (Ns, 2)
-    return (corr.float() / beta).softmax(1).transpose(1, 2) @ places.float()
+    with torch.autocast(corr.device.type, enabled=False):  # in bfloat16 a place would be off by tenths of a cell
+        return (corr.float() / beta).softmax(1).transpose(1, 2) @ places
 
 
 def flow_of(corr: Tensor, beta: float) -> Tensor:

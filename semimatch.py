@@ -3,15 +3,16 @@
     Algorithm 1                                          here
     compute_syn_theta                                    draw_warp
     photometric_strong(I_T, GTkeypoints)                 finetune.py:photometric, key_out
-    geometric_warp(image, theta), of a correlation too   warp
+    geometric_warp(image, theta), of a correlation too   warp (affine_field, then tps_field)
     get_bbox_mask                                        box_mask
     forward_backward_check                               forward_backward_mask
     uncertainty, mask_thres                              uncertainty, pseudo_labels
     soft_argmax, geometric_warp(map, theta)              pseudo_labels: the volume is warped, its best source cell taken
     contrastive_loss, dynamic_lambda                     contrastive_loss, dynamic_weight
 
-A volume is (B, Ns, Nt), source first. Where pseudo-code and released code differ, this follows the code: it warps the
-volume and labels by its maximum, and weights the loss by exp(-T_u H) instead of scaling the mask.
+A volume is (B, Ns, Nt), source first; a cell's flat index is y * W + x, a grid is (h, w). Where pseudo-code and code
+released with the paper differ, this follows the code: it warps the volume and labels by its maximum, and weights the
+loss by exp(-T_u H) instead of scaling the mask. All is computed in float32, whatever the volume's type.
 """
 
 import math
@@ -30,17 +31,17 @@ from modules import cells_to_xy
 class SemiConfig:
     """The supplement's Table 1, and its Tables 2 to 4 as switches."""
 
-    semi: bool = False  # SemiMatch's loss on unlabelled points beside that on keypoints
-    semi_threshold: float = 0.5  # tau: least probability of a pseudo-label; SemiMatch: 0.5
-    semi_uncertainty: float = 1.5  # T_u; 0: without (Tables 2 and 3); SemiMatch: 1.5
-    semi_temperature: float = 0.1  # of the softmax that a pseudo-label's probability is read from; SemiMatch: 0.1
+    semi: bool = False  # SemiMatch's unsupervised loss beside that on keypoints
+    semi_threshold: float = 0.5  # tau: least probability of a pseudo-label; SemiMatch: 0.5 (Table 3 III: 0.9)
+    semi_uncertainty: float = 1.5  # T_u: weight exp(-T_u entropy) of a label; SemiMatch: 1.5; 0: without (Tables 2, 3)
+    semi_temperature: float = 0.1  # of the softmax that gives a pseudo-label's probability; SemiMatch's code: 0.1
     semi_gamma: float = 0.1  # temperature of the contrastive loss; SemiMatch: 0.1
-    semi_dynamic: bool = True  # scale the loss to that of the keypoints (Table 2: False)
-    semi_weight: float = 0.5  # lambda where the scale is not dynamic; SemiMatch: 0.5
-    semi_photometric: float = 0.2  # chance of every photometric change of source, weak and strong view; SemiMatch: 0.2
+    semi_weight: float = 0.5  # lambda, of use without semi_dynamic only; SemiMatch's code: 0.5
+    semi_dynamic: bool = True  # lambda = sup / unsup, which makes both losses equal (Table 2 b III: False)
+    semi_photometric: float = 0.2  # chance of every colour change of source, weak and strong view; SemiMatch: 0.2
     semi_blur: bool = True  # the strong view is blurred (Table 4: False)
-    semi_keyout: float = 0.2  # chance that a keypoint is cut out of the strong view; 0: without (Table 4)
-    semi_tps: float = 0.4  # largest offset of the thin-plate spline's control points; SemiMatch: 0.4
+    semi_keyout: float = 0.2  # chance that a keypoint is cut out of the strong view; SemiMatch: 0.2; 0: none (Table 4)
+    semi_tps: float = 0.4  # largest offset of the spline's control points, in half image sides; SemiMatch: 0.4
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -50,11 +51,12 @@ class SemiConfig:
 def key_out(
     image: Tensor, kps: Tensor, box: tuple[float, float, float, float], p: float, rng: np.random.Generator
 ) -> Tensor:
-    """KeyOut: with probability p each, squares round keypoints become the mean colour.
+    """KeyOut (released trainer; the pseudo-code hides it): squares round keypoints become the mean colour, 0.
 
-    image (3, H, W) normalised; kps (n, 2) and box (x0, y0, x1, y1) in its pixels. A square's side is a whole number
-    from floor(0.03 M) to floor(0.1 M) - 1, M the box's longer side; it covers `side` pixels from round(x) - side // 2.
-    Returns a new image.
+    Each keypoint with probability p. A square's side k is drawn from floor(0.03 M) to floor(0.1 M) - 1 pixels, M the
+    box's longer side; no such number: no square. It covers columns round(x) - k // 2 to round(x) - k // 2 + k - 1,
+    rows alike, as far as they lie in the image.
+    image (3, H, W) normalised; kps (n, 2) and box (x0, y0, x1, y1) in its pixels. Returns a new image.
     """
     image, longer = image.clone(), max(box[2] - box[0], box[3] - box[1])
     low, high = math.floor(0.03 * longer), math.floor(0.1 * longer)
@@ -67,10 +69,10 @@ def key_out(
 
 
 def draw_warp(rng: np.random.Generator, tps_scale: float) -> tuple[Tensor, Tensor]:
-    """A random warp theta: an affine map (2, 3) and the offsets (9, 2) of a thin-plate spline's 3x3 control points.
+    """compute_syn_theta: an affine map (2, 3) and the offsets (9, 2) of a thin-plate spline's 3x3 control points.
 
-    A = R(rotation) R(shear)^T diag(l1, l2) R(shear): rotation to 15 degrees, shear to 30, l from 0.75 to 1.25,
-    translation to 0.25; coordinates run from -1 to 1.
+    A = R(rotation) R(shear)^T diag(l1, l2) R(shear), uniform (released trainer): rotation to 15 degrees either way,
+    shear to 30, l from 0.75 to 1.25, translation to 0.25, offsets to tps_scale. Image coordinates run from -1 to 1.
     """
 
     def turn(angle: float) -> np.ndarray:
@@ -90,15 +92,17 @@ def plane(h: int, w: int, like: Tensor) -> Tensor:
 
 
 def affine_field(affine: Tensor, h: int, w: int) -> Tensor:
-    """Where every output pixel is read: A (x, y) + t. affine (B, 2, 3); returns (B, h, w, 2)."""
-    points = plane(h, w, affine) @ affine[:, :, :2].transpose(1, 2) + affine[:, None, :, 2]
+    """Where every output pixel is read, (x, y) from -1 to 1: A (x, y) + t. affine (B, 2, 3); returns (B, h, w, 2)."""
+    # Not a matmul: autocast would round it to bfloat16, half a pixel of an image.
+    points = (plane(h, w, affine)[:, None] * affine[:, None, :, :2]).sum(-1) + affine[:, None, :, 2]
     return points.unflatten(1, (h, w))
 
 
 def tps_field(offsets: Tensor, h: int, w: int) -> Tensor:
-    """The thin-plate spline that moves a 3x3 grid of control points by offsets (B, 9, 2); returns (B, h, w, 2).
+    """Where every output pixel is read under the thin-plate spline that sends control point c_k to c_k + offset_k.
 
-    f(p) = a_0 + a_x x + a_y y + sum_k w_k U(|p - c_k|), U(r) = r^2 log r^2, with the weights' side conditions.
+    f(p) = a_0 + a_x x + a_y y + sum_k w_k U(|p - c_k|), U(r) = r^2 log r^2, sum w = sum w c_x = sum w c_y = 0; the c_k
+    are the 3x3 points of {-1, 0, 1}^2, row by row. offsets (B, 9, 2); returns (B, h, w, 2). Solved in float64.
     """
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -118,15 +122,17 @@ def tps_field(offsets: Tensor, h: int, w: int) -> Tensor:
 
 
 def warp(x: Tensor, affine: Tensor, offsets: Tensor, mode: str = "bilinear") -> tuple[Tensor, Tensor]:
-    """Warp (B, C, H, W), affine first, then the spline; mode "bilinear" or "nearest".
+    """geometric_warp: (B, C, H, W) sampled through the affine map, the result through the spline (released trainer).
 
-    Returns what was warped, zero wherever a pixel was read from outside, and (B, H, W) bool, True inside.
+    mode: "bilinear" or "nearest". Returns what was warped, float32, and (B, H, W) bool: False, and zero in the first,
+    where less than 0.9999 of a pixel comes from inside the image.
     """
+    x = x.float()
     h, w = x.shape[-2:]
     ones = x.new_ones(len(x), 1, h, w)
-    for field in (affine_field(affine, h, w), tps_field(offsets, h, w)):
-        x = F.grid_sample(x, field.to(x), mode=mode, padding_mode="zeros", align_corners=False)
-        ones = F.grid_sample(ones, field.to(x), mode="bilinear", padding_mode="zeros", align_corners=False)
+    for field in (affine_field(affine.float(), h, w), tps_field(offsets, h, w)):
+        x = F.grid_sample(x, field, mode=mode, padding_mode="zeros", align_corners=False)
+        ones = F.grid_sample(ones, field, mode="bilinear", padding_mode="zeros", align_corners=False)
     inside = ones[:, 0] >= 0.9999
     return x * inside[:, None], inside
 
@@ -136,17 +142,22 @@ def warp(x: Tensor, affine: Tensor, offsets: Tensor, mode: str = "bilinear") -> 
 
 
 def uncertainty(corr: Tensor, temperature: float) -> Tensor:
-    """Entropy H of every target cell's matching probabilities, (B, Nt); the released code adds 1e-6 to them."""
-    p = (corr / temperature).softmax(1) + 1e-6
+    """Entropy H, in nats, of every target cell's probabilities over source cells, (B, Nt).
+
+    Algorithm 1's, but 1e-6 is added to the probabilities (released trainer). corr (B, Ns, Nt).
+    """
+    p = (corr.float() / temperature).softmax(1) + 1e-6
     return -(p * p.log()).sum(1)
 
 
 def forward_backward_mask(corr: Tensor, src_grid: tuple[int, int], trg_grid: tuple[int, int]) -> Tensor:
-    """Target cells whose match leads back: |f + b|^2 <= 0.1 (|f|^2 + |b|^2) + 0.5, in cells; (B, Nt) bool.
+    """forward_backward_check: target cells whose match leads back, |f + b|^2 <= 0.1 (|f|^2 + |b|^2) + 0.5 in cells.
 
-    f: from a target cell to its best source cell; b: from that one to its own best target cell.
+    f: from a target cell to its best source cell; b: from that one to its own best target cell (constants of the
+    released trainer). corr (B, Ns, Nt); returns (B, Nt) bool.
     """
-    forward, back = corr.argmax(1), corr.argmax(2).gather(1, corr.argmax(1))  # (B, Nt)
+    forward = corr.argmax(1)  # (B, Nt)
+    back = corr.argmax(2).gather(1, forward)
     own = torch.arange(corr.shape[2], device=corr.device)
     start, there, end = cells_to_xy(own, trg_grid[1]), cells_to_xy(forward, src_grid[1]), cells_to_xy(back, trg_grid[1])
     f, b = there - start, end - there
@@ -154,7 +165,10 @@ def forward_backward_mask(corr: Tensor, src_grid: tuple[int, int], trg_grid: tup
 
 
 def box_mask(boxes: Tensor, h: int, w: int) -> Tensor:
-    """Cells inside boxes (B, 4) given in cells, both rounded ends included; (B, h, w) bool."""
+    """get_bbox_mask: cells inside boxes (x0, y0, x1, y1), rounded, both ends included (released trainer).
+
+    boxes (B, 4) in cells; returns (B, h, w) bool.
+    """
     x0, y0, x1, y1 = boxes.round()[..., None, None].unbind(1)  # (B, 1, 1)
     x, y = torch.arange(w, device=boxes.device), torch.arange(h, device=boxes.device)[:, None]
     return (x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)
@@ -163,8 +177,8 @@ def box_mask(boxes: Tensor, h: int, w: int) -> Tensor:
 class PseudoLabels(NamedTuple):
     """What the strong view should be matched to."""
 
-    label: Tensor  # (B, Nt) the source cell of every cell of the warped target
-    weight: Tensor  # (B, Nt) exp(-T_u H)
+    label: Tensor  # (B, Nt) long, the source cell of every cell of the warped target
+    weight: Tensor  # (B, Nt) exp(-T_u H), H the entropy of the cell's probabilities
     mask: Tensor  # (B, Nt) bool: the labels that count
 
 
@@ -179,13 +193,13 @@ def pseudo_labels(
     trg_box: Tensor,
     cfg: SemiConfig,
 ) -> PseudoLabels:
-    """Labels for the warped target from the weak view's volume (B, Ns, Nt); boxes (B, 4) in cells.
+    """Labels for the warped target from the weak view's volume (B, Ns, Nt); boxes (B, 4) in cells of their grids.
 
-    One counts if it lies in the source's box, is probable enough, and if the target cell that the warp brought to its
-    place lies in the target's box and passed the forward-backward check.
+    One counts if it lies in the source's box, has a probability of at least tau, and if the target cell that the warp
+    brought to its place lies in the target's box and passed the forward-backward check. Algorithm 1's mask; that the
+    volume is warped before its maximum is taken, and that the source's box is asked, is the released trainer's.
     """
-    warped, _ = warp(corr.unflatten(2, trg_grid), affine, offsets, "nearest")
-    warped = warped.flatten(2)  # (B, Ns, Nt)
+    warped = warp(corr.unflatten(2, trg_grid), affine, offsets, "nearest")[0].flatten(2)  # (B, Ns, Nt)
     score, label = (warped / cfg.semi_temperature).softmax(1).max(1)
     checks = [box_mask(trg_box, *trg_grid), forward_backward_mask(corr, src_grid, trg_grid).unflatten(1, trg_grid)]
     passed, _ = warp(torch.stack(checks, 1).to(corr), affine, offsets, "nearest")  # (B, 2, ht, wt)
@@ -198,16 +212,15 @@ def pseudo_labels(
 # Losses
 
 
-def contrastive_loss(corr: Tensor, pseudo: PseudoLabels, gamma: float) -> Tensor:
+def contrastive_loss(corr_strong: Tensor, pseudo: PseudoLabels, gamma: float) -> Tensor:
     """Cross-entropy of corr / gamma over source cells, times the labels' weights, mean over the labels that count.
 
-    corr (B, Ns, Nt) of the strong view; 0 where no label counts.
+    corr_strong (B, Ns, Nt) of the warped strong view. Returns a scalar; 0, with a gradient of 0, if no label counts.
     """
-    loss = F.cross_entropy(corr.float() / gamma, pseudo.label, reduction="none") * pseudo.weight.detach()
+    loss = F.cross_entropy(corr_strong.float() / gamma, pseudo.label, reduction="none") * pseudo.weight.detach()
     return (loss * pseudo.mask).sum() / pseudo.mask.sum().clamp(min=1)
 
 
-def dynamic_weight(supervised: Tensor, unsupervised: Tensor) -> Tensor:
-    """Dynamic lambda: sup / unsup without a gradient, which makes both terms equal; 0 where there is no loss."""
-    ratio = supervised.detach() / unsupervised.detach()
-    return torch.where(unsupervised > 0, ratio, torch.zeros_like(ratio))
+def dynamic_weight(sup: Tensor, unsup: Tensor) -> Tensor:
+    """dynamic_lambda = sup / unsup of two scalar losses, without a gradient; 0 where unsup is 0."""
+    return torch.where(unsup > 0, sup / unsup, 0.0).detach()

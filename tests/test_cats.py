@@ -386,6 +386,13 @@ def test_flow_target_by_loops(original):
     assert corner.nonzero().tolist() == [[0, 0]]  # the corner is 8 px from one centre, 24 px from the next
 
 
+def test_flow_is_in_full_precision_under_autocast():
+    corr = torch.randn(2, GRID**2, GRID**2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = flow_of(corr, 0.1)
+    assert torch.equal(found, flow_of(corr, 0.1))
+
+
 def test_end_point_error_by_loops_over_the_whole_batch():
     flow, target = torch.randn(2, 3, 2, 4, 5)
     valid = torch.rand(3, 4, 5) < 0.4
