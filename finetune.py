@@ -90,11 +90,10 @@ PRESETS = {
         augment=False,
         cache_features=True,
         batch=4,
-        lr=2e-4,
         backbone_lr=0.0,
         epochs=2,
-        pretrain_epochs=12,
-        epoch_steps=40,
+        pretrain_epochs=5,
+        epoch_steps=100,
         seed=0,
         out="runs/cats_shapes",
     )
