@@ -149,6 +149,7 @@ def predict(
     protocol: Protocol = PROTOCOLS["target"],
     numbers: list[int] | None = None,
     held: int = 1000,
+    cache: dict[int, Features] | None = None,
 ) -> dict[str, list[Tensor]]:
     """Find the points that a protocol asks for, by every method: {method: [(n, 2) pixels of the answer image, ...]}.
 
@@ -157,13 +158,15 @@ def predict(
 
     Pairs are worked through by category, and the backbone runs once an image of it. Memory holds the features of one
     category, but of no more than `held` images (3 GiB at 512 px with ViT-B/16): larger categories are cut into blocks.
+    With a cache, features of all images by their ids, it holds whatever the cache does.
     """
     numbers = list(range(len(keypoints))) if numbers is None else numbers
     size, patch = matcher.cfg.size, matcher.backbone.patch
     found: dict[str, dict[int, Tensor]] = {method: {} for method in methods}
     with tqdm(total=len(numbers), desc="pairs", disable=quiet, leave=False) as bar:
         for members in blocks_of_pairs(keypoints, numbers, held):
-            images, features = sorted({i for n in members for i in keypoints.pairs[n][:2]}), {}
+            features = {} if cache is None else cache
+            images = sorted({i for n in members for i in keypoints.pairs[n][:2]} - features.keys())
             for first in range(0, len(images), batch):
                 views = []
                 for index in images[first : first + batch]:

@@ -310,7 +310,7 @@ def run_phase(
     views = KeypointViews(keypoints, numbers, own, matcher.backbone.patch)
     stream = data.PairStream(views, cfg.batch, cfg.seed, start * cfg.accumulate * world, rank, world)
     cuda, folder, skipped, journal = device.type == "cuda", Path(cfg.out, phase), set(), None
-    cache: dict | None = {} if cfg.cache_features else None
+    cache, measured = ({}, {}) if cfg.cache_features else (None, None)  # features of training and validation images
     loader = iter(
         DataLoader(views, batch_sampler=stream, num_workers=cfg.workers, pin_memory=cuda, worker_init_fn=leave_signals)
     )
@@ -325,7 +325,7 @@ def run_phase(
     def measure(step: int) -> None:
         nonlocal best
         matcher.eval()
-        found, _ = journal.measure(step, matcher, val, ("cats",))
+        found, _ = journal.measure(step, matcher, val, ("cats",), measured)
         matcher.train()
         if found["cats"][1] > best:
             best = found["cats"][1]

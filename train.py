@@ -383,11 +383,10 @@ def cached_features(
     """compute(*views), views (B, ...) of the images `ids`; with a cache no image passes the backbone twice."""
     if cache is None:
         return compute(*views)
-    new = [k for k, i in enumerate(ids) if i not in cache]
-    if new:
-        fresh = compute(*(None if view is None else view[new] for view in views))
-        for row, k in enumerate(new):
-            cache[ids[k]] = fresh.map(lambda x, row=row: x[row].cpu())
+    for k, i in enumerate(ids):
+        if i not in cache:  # alone, so that what a batch or an earlier run began with does not change the last bits
+            fresh = compute(*(None if view is None else view[k : k + 1] for view in views))
+            cache[i] = fresh.map(lambda x: x[0].cpu())
     return Features(*(torch.stack(x).to(device) for x in zip(*(cache[i] for i in ids))))
 
 
@@ -498,10 +497,13 @@ class Journal:
             file.write(json.dumps({"step": step} | values) + "\n")
 
     def measure(
-        self, step: int, matcher, keypoints: data.KeypointSet, methods: tuple[str, ...]
+        self, step: int, matcher, keypoints: data.KeypointSet, methods: tuple[str, ...], cache: dict | None = None
     ) -> tuple[dict[str, list[float]], dict[str, list[Tensor]]]:
-        """PCK of the given methods, printed and recorded; returns it by method, and the predictions."""
-        predictions = predict(matcher, keypoints, methods, quiet=True)
+        """PCK of the given methods, printed and recorded; returns it by method, and the predictions.
+
+        cache: features of this set's images from one measurement to the next, of a frozen backbone.
+        """
+        predictions = predict(matcher, keypoints, methods, quiet=True, cache=cache)
         found = {
             m: score(p, keypoints, rule=keypoints.rule)[keypoints.rule]["per_image"] for m, p in predictions.items()
         }
