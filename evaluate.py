@@ -493,7 +493,7 @@ def main() -> None:
     parser.add_argument("--baseline", nargs="*", choices=BACKBONE_METHODS, help="score the frozen backbone")
     parser.add_argument("--backbone", help="without a checkpoint (default ibot_vitb16, on shapes random_vit8)")
     parser.add_argument("--weights", help="backbone weights file instead of a download")
-    parser.add_argument("--layer", type=int, help="backbone block that is read")
+    parser.add_argument("--layer", help="backbone block that is read, or several joined by commas")
     parser.add_argument("--size", type=int, help="input side in pixels; default: the checkpoint's")
     parser.add_argument("--alpha", type=float, nargs="+", help="default 0.05 0.10 0.15, on SPair-71k 0.01 0.05 0.10")
     parser.add_argument("--thres", choices=("auto", "img", "bbox"), default="auto", help="d; auto: the benchmark's own")

@@ -214,18 +214,24 @@ class ViT(nn.Module):
 class Backbone(nn.Module):
     """A frozen ViT that always stays in eval mode and never receives a gradient.
 
-    layer: index of the block whose output is read (negative from the end); the final LayerNorm is applied to it.
+    layer: index of the block whose output is read (negative from the end), or several as "9,10": their outputs, each
+    through the final LayerNorm, stand side by side in a cell's C channels, in the order of the blocks.
     """
 
-    def __init__(self, name: str, layer: int = -1) -> None:
+    def __init__(self, name: str, layer: int | str = -1) -> None:
         super().__init__()
         if name not in BACKBONES:
             raise ValueError(f"unknown backbone {name!r}; known: {', '.join(BACKBONES)}")
         self.vit = ViT(BACKBONES[name])
-        depth, self.patch, self.dim = self.vit.spec.depth, self.vit.spec.patch, self.vit.spec.width
-        if not -depth <= layer < depth:
+        depth, self.patch = self.vit.spec.depth, self.vit.spec.patch
+        try:
+            layers = [int(part) for part in str(layer).split(",")]
+        except ValueError:
+            raise ValueError(f"--layer {layer}: a block, or several joined by commas, such as 9,10") from None
+        if not all(-depth <= k < depth for k in layers):
             raise ValueError(f"--layer {layer}: {name} has blocks 0 to {depth - 1} (or -{depth} to -1)")
-        self.layer = layer % depth
+        self.layers = sorted({k % depth for k in layers})
+        self.dim = self.vit.spec.width * len(self.layers)
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Backbone":
@@ -235,8 +241,8 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor, attention: bool = False) -> tuple[Tensor, ...]:
         """ImageNet-normalised RGB (B, 3, H, W) to tokens (B, h*w, C) and the class token (B, C).
 
-        With attention=True a third tensor (B, h, w): the class token's attention to every cell in the block that is
-        read, mean over heads, rescaled to its own minimum and maximum (a saliency map that costs nothing).
+        With attention=True a third tensor (B, h, w): the class token's attention to every cell in the last block
+        that is read, mean over heads, rescaled to its own minimum and maximum (a saliency map that costs nothing).
         Raises ValueError if a side is not a multiple of the patch.
         """
         h, w = (side // self.patch for side in images.shape[-2:])
@@ -245,23 +251,23 @@ class Backbone(nn.Module):
                 f"image of {images.shape[-1]}x{images.shape[-2]} px: both sides must be multiples of {self.patch}"
             )
         vit = self.vit
-        x = vit.embed(images)
-        for block in vit.blocks[: self.layer]:
-            x = block(x)
-        last = vit.blocks[self.layer]
-        before, x = x, last(x)
-        x = vit.norm(x)
-        feat, token = x[:, -h * w :], x[:, 0]
+        x, read = vit.embed(images), []
+        for k, block in enumerate(vit.blocks[: self.layers[-1] + 1]):
+            before, x = x, block(x)
+            if k in self.layers:
+                read.append(vit.norm(x))
+        tokens = torch.cat(read, -1)
+        feat, token = tokens[:, -h * w :], tokens[:, 0]
         if not attention:
             return feat, token
-        q, k, _ = last.attn.split(last.norm1(before))
+        q, k, _ = block.attn.split(block.norm1(before))
         weights = (q[:, :, :1] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)  # (B, heads, 1, N)
         weights = weights[:, :, 0, -h * w :].mean(1).unflatten(1, (h, w)).float()
         low, high = weights.amin((1, 2), keepdim=True), weights.amax((1, 2), keepdim=True)
         return feat, token, (weights - low) / (high - low).clamp(min=1e-12)
 
 
-def load_backbone(name: str, weights: str | None = None, layer: int = -1) -> Backbone:
+def load_backbone(name: str, weights: str | None = None, layer: int | str = -1) -> Backbone:
     """Build a frozen backbone with official weights: from `weights`, or downloaded once into torch.hub's cache.
 
     Accepts the flat checkpoints of DINO and DINOv2, iBOT's teacher-only file and its full training checkpoint
@@ -321,6 +327,38 @@ def _draw_weights(vit: ViT) -> None:
             value.normal_(0, 0.02, generator=generator)
         elif name.endswith("bias"):
             value.zero_()
+
+
+class Conditioning(nn.Module):
+    """Features on their principal axes, half whitened: (x - mean) U / eigenvalue^(1/4), U the first `axes` of them.
+
+    A few directions that all cells share dominate the cosine of a ViT's cells, and whitening to the end would raise
+    the noise of the last ones. Mean and axes are constants, found once from the cells of training images.
+    """
+
+    def __init__(self, dim: int, axes: int) -> None:
+        super().__init__()
+        if not 1 <= axes <= dim:
+            raise ValueError(f"--axes {axes}: the backbone's cells have {dim} channels; 0: as they are")
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("axes", torch.eye(dim, axes))
+
+    @torch.no_grad()
+    def fit(self, cells: Tensor) -> None:
+        """Find mean and axes, in float64. cells (N, C). ValueError if they vary along fewer directions than asked."""
+        x = cells.double()
+        mean = x.mean(0)
+        values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))  # ascending
+        values, vectors = values.flip(0)[: self.axes.shape[1]], vectors.flip(1)[:, : self.axes.shape[1]]
+        if values[-1] <= 1e-9 * values[0]:
+            raise ValueError(f"--axes {len(values)}: {len(x)} cells of the training images vary along fewer; lower it")
+        self.mean.copy_(mean)
+        self.axes.copy_(vectors / values**0.25)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., C) to (..., axes), float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return (x.float() - self.mean) @ self.axes
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ micro-batch each give the gradients of one process that accumulates w, and a res
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import inspect
@@ -35,7 +36,7 @@ from tqdm import tqdm
 import data
 from evaluate import ALPHAS, DATASETS, match_sheet, predict, processes, score
 from image_stage import ImageConfig, ImageStage
-from modules import Features, Pairs, cosine_volume, hough_matching, load_backbone, transfer_keypoints
+from modules import Conditioning, Features, Pairs, cosine_volume, hough_matching, load_backbone, transfer_keypoints
 from pixel_stage import PixelConfig, PixelStage
 from region_stage import RegionConfig, RegionStage
 
@@ -55,7 +56,8 @@ class Config(ImageConfig, RegionConfig, PixelConfig):
     val_root: str | None = None  # folder of the validation set
     backbone: str = "ibot_vitb16"  # see modules.py; paper: ibot_vitb16
     weights: str | None = None  # local checkpoint of the backbone; none: downloaded on first use
-    layer: int = -1  # block that is read, from 0, negative from the end
+    layer: str = "-1"  # block that is read, from 0, negative from the end; or several, side by side: 9,10
+    axes: int = 0  # half-whitened principal axes that the features are projected on; 0: as they are; not given
     size: int = 512  # input side in pixels; paper: 512
     stages: int = 3  # 2: without the pixel stage (Table 5, V); 1: without the region stage too (VI)
     shared_attention: bool = False  # gated blocks shared by all stages (Table 4, VII)
@@ -136,7 +138,8 @@ class Cascade(nn.Module):
             raise ValueError(f"--stages {cfg.stages}: 1, 2 or 3")
         self.cfg = cfg
         self.backbone = load_backbone(cfg.backbone, cfg.weights, cfg.layer)
-        dim = self.backbone.dim
+        self.conditioning = Conditioning(self.backbone.dim, cfg.axes) if cfg.axes else None
+        dim = cfg.axes or self.backbone.dim
         self.image = ImageStage(dim, cfg)
         self.region = RegionStage(dim, cfg) if cfg.stages >= 2 else None
         self.pixel = PixelStage(dim, cfg) if cfg.stages >= 3 else None
@@ -153,6 +156,8 @@ class Cascade(nn.Module):
             feat, token, saliency = self.backbone(images, attention=True)
         else:
             feat, token = self.backbone(images)
+        if self.conditioning is not None:
+            feat, token = self.conditioning(feat), self.conditioning(token)
         if saliency is None:
             h, w = (side // self.backbone.patch for side in images.shape[-2:])
             saliency = feat.new_ones(len(images), h, w)
@@ -247,17 +252,18 @@ def read_checkpoint(path: str, cls: type = Config, program: str = "train.py") ->
 
 
 def load_stages(cascade: Cascade, state: dict, path: str, stages: tuple[str, ...]) -> None:
-    """Load the named stages strictly; refuses weights that were trained on another backbone."""
+    """Load the named stages, and the conditioning, strictly; refuses weights that were trained on another backbone."""
     found = _fingerprint(cascade.backbone)
     if not math.isclose(found, state["backbone"], rel_tol=1e-7):
         given = cascade.cfg.weights or cascade.cfg.backbone
         raise ValueError(f"{path} was trained on other backbone weights than {given}")
-    for stage in stages:
+    for stage in ("conditioning",) * (cascade.conditioning is not None) + stages:
         part = {k.removeprefix(f"{stage}."): v for k, v in state["model"].items() if k.startswith(f"{stage}.")}
         try:
             getattr(cascade, stage).load_state_dict(part)
         except RuntimeError as error:
-            raise ValueError(f"{path} does not fit the {stage} stage: {str(error).splitlines()[1].strip()}") from None
+            what = stage + " stage" * (stage in STAGES)
+            raise ValueError(f"{path} does not fit the {what}: {str(error).splitlines()[1].strip()}") from None
 
 
 def load_cascade(path: str, weights: str | None = None, device: str = "cpu", **overrides) -> Cascade:
@@ -399,6 +405,23 @@ def batch_features(cascade: Cascade, batch: dict, cache: dict | None) -> tuple[F
     both = cached_features(cascade.features, ids, views, cache, next(cascade.parameters()).device)
     half = len(ids) // 2
     return both.map(lambda x: x[:half]), both.map(lambda x: x[half:])
+
+
+@torch.no_grad()
+def fit_conditioning(cascade: Cascade, images: data.ImageSet, count: int = 256) -> None:
+    """Find the principal axes of the cells of up to `count` training images, evenly spaced and whole.
+
+    Unreadable ones are passed over, all classes alike in every process.
+    """
+    cells, size, patch = [], cascade.cfg.size, cascade.backbone.patch
+    device = next(cascade.parameters()).device
+    for index in range(0, len(images), max(1, len(images) // count)):
+        with contextlib.suppress(ValueError):  # training meets the file again, and reports it
+            view, _ = data.prepare(images.load(index)[0], None, size, patch)
+            cells.append(cascade.backbone(view[None].to(device))[0][0])
+    if not cells:
+        raise ValueError("no training image can be read")
+    cascade.conditioning.fit(torch.cat(cells))
 
 
 def write_checkpoint(path: Path, state: dict) -> None:
@@ -615,6 +638,8 @@ def train(cfg: Config, resume: str | None = None) -> Cascade:
     if cfg.checkpoint and not resume:
         state = read_checkpoint(cfg.checkpoint)
         load_stages(cascade, state, cfg.checkpoint, stages[: state["config"]["stages"]])
+    elif cascade.conditioning is not None and not resume:
+        fit_conditioning(cascade, images)
     optimizer, start = build_optimizer(cascade), 0
     if resume:
         state = read_checkpoint(resume)

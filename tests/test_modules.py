@@ -3,6 +3,7 @@
 import argparse
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ import modules
 from modules import (
     MVAM,
     Backbone,
+    Conditioning,
     Features,
     GatedCrossAttention,
     MatchConfig,
@@ -102,6 +104,41 @@ def test_backbone_matches_a_vit_of_matrix_products(small, name):
     torch.testing.assert_close(token, expected[:, 0], rtol=1e-3, atol=1e-4)
     assert attention.shape == (2, 3, 5)
     assert attention.amin((1, 2)).tolist() == [0, 0] and attention.amax((1, 2)).tolist() == [1, 1]
+
+
+def test_several_blocks_stand_side_by_side(small):
+    several, alone = Backbone("dino_vits8", "-1,0"), [Backbone("dino_vits8", layer) for layer in (0, -1)]
+    state = randomise(several)
+    images = torch.randn(2, 3, 24, 40)
+    feat, token, attention = several(images, attention=True)
+    for k, one in enumerate(alone):
+        one.vit.load_state_dict(state)
+        of_one, token_of_one, attention_of_one = one(images, attention=True)
+        channels = slice(k * one.dim, (k + 1) * one.dim)
+        assert torch.equal(feat[..., channels], of_one) and torch.equal(token[..., channels], token_of_one)
+    assert feat.shape[-1] == several.dim == 2 * alone[0].dim
+    assert torch.equal(attention, attention_of_one)  # that of the last block
+    with pytest.raises(ValueError, match="--layer 0;1: a block, or several"):
+        Backbone("dino_vits8", "0;1")
+
+
+def test_conditioning_is_half_whitened_principal_axes():
+    """Against numpy's SVD: the projected cells have no mean, no correlations, and the root of the variance they had."""
+    cells = torch.randn(400, 7) @ torch.randn(7, 7) + 5 * torch.randn(7)
+    conditioning = Conditioning(7, 3)
+    conditioning.fit(cells)
+    x = cells.double().numpy()
+    _, singular, axes = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    variance = singular[:3] ** 2 / len(x)
+    expected = (x - x.mean(0)) @ axes[:3].T / variance**0.25
+    found = conditioning(cells).double().numpy()
+    np.testing.assert_allclose(found @ found.T, expected @ expected.T, rtol=1e-3, atol=1e-3)  # axes may change sign
+    np.testing.assert_allclose(found.T @ found / len(x), np.diag(variance**0.5), atol=1e-3)
+    np.testing.assert_allclose(conditioning(torch.from_numpy(x.mean(0)).float()).numpy(), 0, atol=1e-4)
+    with pytest.raises(ValueError, match="--axes 3: 400 cells .* vary along fewer"):
+        conditioning.fit(cells[:, :1] @ torch.ones(1, 7))
+    with pytest.raises(ValueError, match="--axes 8: the backbone's cells have 7 channels"):
+        Conditioning(7, 8)
 
 
 def test_position_embedding_samples_with_the_official_scale_factor(small):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import Shapes
+from data import Shapes, prepare
 from shapes import draw_shape
 from train import (
     PRESETS,
@@ -245,6 +245,23 @@ def test_a_checkpoint_refuses_another_backbone_and_another_shape(tmp_path):
         load_cascade(path, weights=str(tmp_path / "other.pth"))
     with pytest.raises(ValueError, match="does not fit the image stage"):
         load_cascade(path, volume_width=8)
+
+
+def test_conditioning_is_found_from_training_images_and_goes_with_the_checkpoint(tmp_path):
+    train(*configured(tmp_path, "--steps", "1", "--axes", "12"))
+    path = str(tmp_path / "last.pt")
+    cascade, images = load_cascade(path), Shapes("train", False)
+    assert cascade.image.mvam.gated[0].q.in_features == 12
+    views = [prepare(images.load(k)[0], None, 64, 8)[0] for k in range(0, len(images), len(images) // 256)]
+    feat = cascade.backbone(torch.stack(views))[0].flatten(0, 1)
+    torch.testing.assert_close(cascade.conditioning.mean, feat.mean(0), rtol=1e-3, atol=1e-4)
+    variance = torch.linalg.eigvalsh((feat - feat.mean(0)).T.double() @ (feat - feat.mean(0)).double() / len(feat))
+    found = cascade.conditioning(feat).var(0, correction=0)
+    torch.testing.assert_close(found, variance.flip(0)[:12].sqrt().float(), rtol=1e-2, atol=1e-4)
+    with pytest.raises(ValueError, match="does not fit the conditioning"):
+        load_cascade(path, axes=8)
+    again = train(*configured(tmp_path / "again", "--steps", "1", "--axes", "12", "--checkpoint", path))
+    assert torch.equal(again.conditioning.axes, cascade.conditioning.axes)
 
 
 def test_class_folders_train_with_maps_crops_and_a_corrupt_file(tmp_path):
