@@ -251,6 +251,15 @@ def test_predict_runs_the_backbone_once_for_every_image_that_is_used(numbered):
     assert cascade.seen == [0, 4, 5]
 
 
+def test_a_cache_of_features_spares_the_backbone_and_changes_no_prediction(numbered):
+    cascade, cache = FakeCascade(), {}
+    plain = predict(FakeCascade(), numbered, ["far"], quiet=True)["far"]
+    for numbers in ([0, 6], None, None):  # images 0, 1, 4; then the two others; then none
+        found = predict(cascade, numbered, ["far"], quiet=True, numbers=numbers, cache=cache)["far"]
+    assert cascade.seen == [0, 1, 4, 3, 5]
+    assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
+
+
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_features_of_one_category_at_a_time_are_in_memory(batch):
     """Five categories of four images, pairs of all of them mixed."""

@@ -21,6 +21,7 @@ from train import (
     PRESETS,
     Cascade,
     Config,
+    cached_features,
     learning_rate,
     load_cascade,
     option_help,
@@ -148,6 +149,16 @@ def test_cached_features_change_nothing(tmp_path):
     assert_same_weights(tmp_path / "plain", tmp_path / "cached", rtol=1e-3, atol=1e-5)
     with pytest.raises(ValueError, match="--cache-features needs --no-augment"):
         configured(tmp_path, "--augment", "--cache-features")
+
+
+def test_a_cached_image_has_the_same_bits_whatever_it_was_first_seen_with():
+    cascade, views = Cascade(configured(Path("unused"))[0]), torch.randn(5, 3, 64, 64)
+    for first in ([3], [0, 3], [4, 1, 3, 0, 2]):
+        cache: dict = {}
+        cached_features(cascade.features, first, [views[first]], cache, torch.device("cpu"))
+        later = cached_features(cascade.features, [2, 3], [views[[2, 3]]], cache, torch.device("cpu"))
+        assert torch.equal(later.feat[1], cascade.features(views[3:4]).feat[0])
+        torch.testing.assert_close(later.feat, cascade.features(views[[2, 3]]).feat, rtol=1e-3, atol=1e-4)
 
 
 def test_backbone_runs_once_per_image_and_step(tmp_path, monkeypatch):
