@@ -411,7 +411,7 @@ def batch_features(cascade: Cascade, batch: dict, cache: dict | None) -> tuple[F
 def fit_conditioning(cascade: Cascade, images: data.ImageSet, count: int = 256) -> None:
     """Find the principal axes of the cells of up to `count` training images, evenly spaced and whole.
 
-    Unreadable ones are passed over, all classes alike in every process.
+    Unreadable ones are passed over. Nothing is random, so that every process finds the same.
     """
     cells, size, patch = [], cascade.cfg.size, cascade.backbone.patch
     device = next(cascade.parameters()).device
