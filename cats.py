@@ -126,12 +126,8 @@ class ViTLevels(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Normalised RGB (B, 3, H, W) to a map (B, C, h, w) a level, in ascending order."""
         h, w = (side // self.patch for side in images.shape[-2:])
-        x, maps = self.vit.embed(images), []
-        for k, block in enumerate(self.vit.blocks):
-            x = block(x)
-            if k in self.levels:
-                maps.append(self.vit.norm(x)[:, -h * w :].transpose(1, 2).unflatten(2, (h, w)))
-        return maps
+        tokens, _ = self.vit.read(images, self.levels)
+        return [x[:, -h * w :].transpose(1, 2).unflatten(2, (h, w)) for x in tokens]
 
 
 def check_levels(name: str, levels: list[int], last: int) -> None:

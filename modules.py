@@ -210,6 +210,16 @@ class ViT(nn.Module):
             x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
         return x
 
+    def read(self, images: Tensor, layers: list[int]) -> tuple[list[Tensor], Tensor]:
+        """The outputs of some blocks (ascending), each through the final LayerNorm, (B, N, C), and what entered the
+        last of them. Blocks behind it do not run."""
+        x, tokens = self.embed(images), []
+        for k, block in enumerate(self.blocks[: layers[-1] + 1]):
+            before, x = x, block(x)
+            if k in layers:
+                tokens.append(self.norm(x))
+        return tokens, before
+
 
 class Backbone(nn.Module):
     """A frozen ViT that always stays in eval mode and never receives a gradient.
@@ -250,17 +260,13 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"image of {images.shape[-1]}x{images.shape[-2]} px: both sides must be multiples of {self.patch}"
             )
-        vit = self.vit
-        x, read = vit.embed(images), []
-        for k, block in enumerate(vit.blocks[: self.layers[-1] + 1]):
-            before, x = x, block(x)
-            if k in self.layers:
-                read.append(vit.norm(x))
-        tokens = torch.cat(read, -1)
+        several, before = self.vit.read(images, self.layers)
+        tokens = torch.cat(several, -1)
         feat, token = tokens[:, -h * w :], tokens[:, 0]
         if not attention:
             return feat, token
-        q, k, _ = block.attn.split(block.norm1(before))
+        last = self.vit.blocks[self.layers[-1]]
+        q, k, _ = last.attn.split(last.norm1(before))
         weights = (q[:, :, :1] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)  # (B, heads, 1, N)
         weights = weights[:, :, 0, -h * w :].mean(1).unflatten(1, (h, w)).float()
         low, high = weights.amin((1, 2), keepdim=True), weights.amax((1, 2), keepdim=True)
@@ -348,7 +354,8 @@ class Conditioning(nn.Module):
         """Find mean and axes, in float64. cells (N, C). ValueError if they vary along fewer directions than asked."""
         x = cells.double()
         mean = x.mean(0)
-        values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))  # ascending
+        x = x - mean
+        values, vectors = torch.linalg.eigh(x.T @ x / len(x))  # ascending
         values, vectors = values.flip(0)[: self.axes.shape[1]], vectors.flip(1)[:, : self.axes.shape[1]]
         if values[-1] <= 1e-9 * values[0]:
             raise ValueError(f"--axes {len(values)}: {len(x)} cells of the training images vary along fewer; lower it")
