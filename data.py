@@ -472,13 +472,14 @@ class TrainPairs(Dataset):
         epoch, src, trg = key
         src_img, src_sal, bad_s = self.view(src, epoch, trg)
         trg_img, trg_sal, bad_t = self.view(trg, epoch, src)
+        first = epoch * len(self.images) if self.augment else 0
         return {
             "src_img": src_img,
             "trg_img": trg_img,
             "src_sal": src_sal,
             "trg_sal": trg_sal,
             "label": self.images.labels[src],
-            "index": (src, trg),
+            "index": (first + src, first + trg),  # of the view: what is cropped is another one every epoch
             "skipped": "\n".join(bad_s + bad_t),
         }
 

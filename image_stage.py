@@ -20,6 +20,7 @@ from modules import (
     Pairs,
     Regions,
     adaptive_pooling,
+    cells_to_xy,
     mil_loss,
     negatives,
     select_pairs,
@@ -28,11 +29,13 @@ from modules import (
 
 @dataclass
 class ImageConfig(MatchConfig):
-    """Settings of the image stage; the two of AP serve the region stage too."""
+    """Settings of the image stage; the first three serve the region stage too."""
 
     ap: str = "softmax"  # AP of Eq. (2): "softmax" or "max"; the paper says adaptive pooling
     ap_temperature: float = 0.05  # of AP's softmax; not given
+    mil_ffn: bool = True  # the feed-forward halves in the image and region stage too
     candidates: int = 32  # suspected pairs an image pair whose windows go on to the region stage; not given
+    loop_radius: float = 0.0  # cells within which a suspected pair has to close its loop s -> t -> s; 0: none; ours
     region_size: int = 5  # cells a side of a window; paper: 5
 
 
@@ -57,6 +60,23 @@ def crop_windows(image: Features, centre: Tensor, size: int) -> tuple[Features, 
     return Features(feat, feat.mean(1), saliency), torch.stack([x0, y0], -1)
 
 
+def closes_loop(corr: Tensor, pairs: Pairs, radius: float) -> Tensor:
+    """Which pairs the volume itself, without Hough matching, confirms both ways: the source's best match lies within
+    `radius` cells of the pair's target, and the target's within `radius` of its source.
+
+    corr (B, Hs, Ws, Ht, Wt); returns (B, K) bool.
+    """
+    flat = corr.detach().flatten(3).flatten(1, 2)  # (B, Ns, Nt)
+    closed = torch.ones_like(pairs.valid)
+    for best, query, answer, width in (
+        (flat.argmax(2), pairs.src, pairs.trg, corr.shape[4]),
+        (flat.argmax(1), pairs.trg, pairs.src, corr.shape[2]),
+    ):
+        found = cells_to_xy(best.gather(1, query), width)
+        closed &= (found - cells_to_xy(answer, width)).norm(dim=-1) <= radius
+    return closed
+
+
 class ImageStage(nn.Module):
     """MVAM over whole images, Eq. (2), suspected pairs and their windows."""
 
@@ -65,7 +85,7 @@ class ImageStage(nn.Module):
         if cfg.ap not in ("softmax", "max"):
             raise ValueError(f"--ap {cfg.ap!r}: softmax or max")
         self.cfg = cfg
-        self.mvam = MVAM(dim, cfg)
+        self.mvam = MVAM(dim, cfg, cfg.ffn_ratio if cfg.mil_ffn else 0)
 
     def forward(self, src: Features, trg: Features) -> Tensor:
         """The volume of B image pairs, (B, Hs, Ws, Ht, Wt)."""
@@ -82,8 +102,13 @@ class ImageStage(nn.Module):
 
     @torch.no_grad()
     def select(self, corr: Tensor, src: Features, trg: Features) -> Pairs:
-        """Suspected pairs: Hough matching and Algorithm 1 inside the foreground, the best `candidates` of them."""
-        return Pairs(*(x[:, : self.cfg.candidates] for x in select_pairs(corr, src, trg, self.cfg)))
+        """Suspected pairs: Hough matching and Algorithm 1 inside the foreground; of those that close their loop, the
+        best `candidates`."""
+        pairs = select_pairs(corr, src, trg, self.cfg)
+        if self.cfg.loop_radius:
+            pairs = pairs._replace(valid=pairs.valid & closes_loop(corr, pairs, self.cfg.loop_radius))
+        order = (~pairs.valid).long().argsort(stable=True)[:, : self.cfg.candidates]
+        return Pairs(*(x.gather(1, order) for x in pairs))
 
     @torch.no_grad()
     def regions(self, pairs: Pairs, src: Features, trg: Features) -> Regions:

@@ -25,7 +25,7 @@ class MatchConfig:
     layers: int = 1  # gated cross-attention blocks; the paper gives no number
     heads: int = 4  # heads of a gated block; not given
     residual: bool = True  # False: Eq. (1) to the letter
-    ffn_ratio: float = 1.0  # hidden width of a block's 3x3 feed-forward over its width; 0: none
+    ffn_ratio: float = 1.0  # hidden width of the 3x3 feed-forward behind a gated block over its width; 0: none
     volume_depth: int = 2  # 4D window-attention blocks, every second one shifted; 0: none; not given
     volume_patch: int = 2  # cells a side that one 4D patch embeds (down-sampling); not given
     volume_window: int = 4  # 4D patches a side of an attention window; not given (VAT: 4)
@@ -375,20 +375,20 @@ class Conditioning(nn.Module):
 class LocalFeedForward(nn.Module):
     """The feed-forward half of a transformer block with local context: two 3x3 convolutions over the cells.
 
-    x + conv(GELU(conv(LayerNorm(x)))), the second convolution zero at first, so that the block starts as an identity.
-    The class token has no neighbours and passes unchanged.
+    x + conv(GELU(conv(x))), the second convolution zero at first, so that the block starts as an identity. The border
+    is repeated, since zeros around the grid would tell a cell where it lies. The class token passes unchanged.
     """
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.conv1 = nn.Conv2d(dim, hidden, 3, padding=1)
-        self.conv2 = nn.Conv2d(hidden, dim, 3, padding=1)
+        self.conv1 = nn.Conv2d(dim, hidden, 3, padding=1, padding_mode="replicate")
+        self.conv2 = nn.Conv2d(hidden, dim, 3, padding=1, padding_mode="replicate")
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        cells = self.norm(x[:, 1:]).transpose(1, 2).unflatten(2, grid)  # (B, C, H, W)
+        """x (B, 1 + H*W, C), class token first; same shape out."""
+        cells = x[:, 1:].transpose(1, 2).unflatten(2, grid)  # (B, C, H, W)
         y = self.conv2(F.gelu(self.conv1(cells))).flatten(2).transpose(1, 2)
         return torch.cat([x[:, :1], x[:, 1:] + y], dim=1)
 
@@ -403,7 +403,7 @@ class GatedCrossAttention(nn.Module):
     inner product of the gates divided by sqrt(C), since that of two normalised C-vectors saturates the sigmoid.
     """
 
-    def __init__(self, dim: int, heads: int, residual: bool = True, ffn_ratio: float = 0.0) -> None:
+    def __init__(self, dim: int, heads: int, residual: bool = True) -> None:
         super().__init__()
         if dim % heads:
             raise ValueError(f"--heads {heads} does not divide the width {dim}")
@@ -414,7 +414,6 @@ class GatedCrossAttention(nn.Module):
         if residual:
             nn.init.zeros_(self.proj.weight)
             nn.init.zeros_(self.proj.bias)
-        self.ffn = LocalFeedForward(dim, int(dim * ffn_ratio)) if ffn_ratio else None
 
     def mha(self, x: Tensor, y: Tensor) -> Tensor:
         """Multi-head attention: queries from x (B, N, C), keys and values from y (B, M, C)."""
@@ -423,9 +422,7 @@ class GatedCrossAttention(nn.Module):
         )
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-    def forward(
-        self, src: Tensor, trg: Tensor, grid_s: tuple[int, int], grid_t: tuple[int, int]
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, src: Tensor, trg: Tensor) -> tuple[Tensor, Tensor]:
         """src (B, 1 + Hs*Ws, C) and trg (B, 1 + Ht*Wt, C), class token first; returns both refined."""
         s, t = self.norm(src), self.norm(trg)
         # G_s = sigmoid(F_s . T_t),  G_t = sigmoid(F_t . T_s)
@@ -436,8 +433,6 @@ class GatedCrossAttention(nn.Module):
         out_t = self.mha(t, s * gate_s) * gate_t
         if self.residual:
             out_s, out_t = src + out_s, trg + out_t
-        if self.ffn is not None:
-            out_s, out_t = self.ffn(out_s, grid_s), self.ffn(out_t, grid_t)
         return out_s, out_t
 
 
@@ -578,14 +573,14 @@ class VolumeAggregation(nn.Module):
 class MVAM(nn.Module):
     """Matching volume aggregation module: features of two images to one volume.
 
+    ffn_ratio: hidden width of the feed-forward halves over that of the features; 0: gated attention alone.
     volume_window overrides the configured window (the region stage sees its whole 5^4 volume at once).
     """
 
-    def __init__(self, dim: int, cfg: MatchConfig, volume_window: int | None = None) -> None:
+    def __init__(self, dim: int, cfg: MatchConfig, ffn_ratio: float, volume_window: int | None = None) -> None:
         super().__init__()
-        self.gated = nn.ModuleList(
-            GatedCrossAttention(dim, cfg.heads, cfg.residual, cfg.ffn_ratio) for _ in range(cfg.layers)
-        )
+        self.gated = nn.ModuleList(GatedCrossAttention(dim, cfg.heads, cfg.residual) for _ in range(cfg.layers))
+        self.ffn = nn.ModuleList(LocalFeedForward(dim, int(dim * ffn_ratio)) for _ in range(cfg.layers) if ffn_ratio)
         self.aggregation = None
         if cfg.volume_depth:
             window = volume_window or cfg.volume_window
@@ -596,8 +591,10 @@ class MVAM(nn.Module):
     def forward(self, src: Features, trg: Features) -> Tensor:
         """Features of B source and B target images to a volume (B, Hs, Ws, Ht, Wt), float32."""
         s, t = (torch.cat([x.token[:, None], x.feat], 1) for x in (src, trg))
-        for block in self.gated:  # Psi
-            s, t = block(s, t, src.grid, trg.grid)
+        for k, block in enumerate(self.gated):  # Psi
+            s, t = block(s, t)
+            if self.ffn:
+                s, t = self.ffn[k](s, src.grid), self.ffn[k](t, trg.grid)
         corr = cosine_volume(s[:, 1:], t[:, 1:], src.grid, trg.grid)  # Phi
         return corr if self.aggregation is None else corr + self.aggregation(corr)  # rho
 

@@ -60,7 +60,7 @@ class PixelStage(nn.Module):
     def __init__(self, dim: int, cfg: PixelConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.mvam = MVAM(dim, cfg)
+        self.mvam = MVAM(dim, cfg, cfg.ffn_ratio)
 
     def forward(self, src: Features, trg: Features) -> Tensor:
         """The volume of B image pairs, (B, Hs, Ws, Ht, Wt)."""

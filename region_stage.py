@@ -39,14 +39,15 @@ class RegionConfig(MatchConfig):
 class RegionStage(nn.Module):
     """MVAM over window pairs, Eq. (2), one pair per window, back to the image, NMS.
 
-    Takes a config that also holds the image stage's `ap`, `ap_temperature` and `region_size`.
+    Takes a config that also holds the image stage's `ap`, `ap_temperature`, `mil_ffn` and `region_size`.
     """
 
     def __init__(self, dim: int, cfg: RegionConfig) -> None:
         super().__init__()
         self.cfg = cfg
         # One attention window spans the whole 5^4 volume.
-        self.mvam = MVAM(dim, cfg, volume_window=-(-cfg.region_size // cfg.volume_patch))
+        window = -(-cfg.region_size // cfg.volume_patch)
+        self.mvam = MVAM(dim, cfg, cfg.ffn_ratio if cfg.mil_ffn else 0, window)
 
     def forward(self, src: Features, trg: Features) -> Tensor:
         """Volumes of (B*K) window pairs, (B*K, r, r, r, r)."""

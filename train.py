@@ -36,7 +36,16 @@ from tqdm import tqdm
 import data
 from evaluate import ALPHAS, DATASETS, match_sheet, predict, processes, score
 from image_stage import ImageConfig, ImageStage
-from modules import Conditioning, Features, Pairs, cosine_volume, hough_matching, load_backbone, transfer_keypoints
+from modules import (
+    BACKBONES,
+    Conditioning,
+    Features,
+    Pairs,
+    cosine_volume,
+    hough_matching,
+    load_backbone,
+    transfer_keypoints,
+)
 from pixel_stage import PixelConfig, PixelStage
 from region_stage import RegionConfig, RegionStage
 
@@ -61,6 +70,7 @@ class Config(ImageConfig, RegionConfig, PixelConfig):
     size: int = 512  # input side in pixels; paper: 512
     stages: int = 3  # 2: without the pixel stage (Table 5, V); 1: without the region stage too (VI)
     shared_attention: bool = False  # gated blocks shared by all stages (Table 4, VII)
+    ablate: bool = False  # train every row of Tables 4 and 5 in turn, on the same views, and measure each on --val
     only: str | None = None  # train this stage alone; the ones before it stay as they are
     checkpoint: str | None = None  # stages to start from
     lambda_image: float = 1.0  # Eq. (3); the paper gives no weights
@@ -124,6 +134,20 @@ PRESETS = {
     ),
 }
 
+# Tables 4 and 5: what changes against the full cascade, and where its row is read. Without saliency every cell is
+# foreground. No gradient of a stage reaches the stage before it, so that (V) and (VI) stand in the full run.
+ABLATIONS = {
+    "full": ({}, "pixel"),
+    "4 (II) without saliency": ({"saliency_threshold": 0.0}, "pixel"),
+    "4 (III) without Hough matching": ({"hough": False}, "pixel"),
+    "4 (IV) L = 3": ({"hough_side": 3}, "pixel"),
+    "4 (VI) L = 7": ({"hough_side": 7}, "pixel"),
+    "4 (VII) shared attention": ({"shared_attention": True}, "pixel"),
+    "5 (II) half the size": ({"size": 1 / 2}, "pixel"),
+    "5 (III) three quarters of the size": ({"size": 3 / 4}, "pixel"),
+    "5 (V) without stage 3": ({}, "region"),
+    "5 (VI) without stages 2 and 3": ({}, "image"),
+}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The cascade
@@ -623,8 +647,11 @@ def fit(
     return done, stopped
 
 
-def train(cfg: Config, resume: str | None = None) -> Cascade:
-    """Train as configured; writes metrics.jsonl, last.pt and matches.png under cfg.out and returns the cascade."""
+def train(cfg: Config, resume: str | None = None, caches: tuple[dict, dict] | None = None) -> Cascade:
+    """Train as configured; writes metrics.jsonl, last.pt and matches.png under cfg.out and returns the cascade.
+
+    caches: features of training views and of test images, from one run to the next of the same backbone, size and seed.
+    """
     device = find_device(cfg.device)
     cuda = device.type == "cuda"
     rank, world = start_processes(device)
@@ -652,14 +679,15 @@ def train(cfg: Config, resume: str | None = None) -> Cascade:
     loader = iter(
         DataLoader(pairs, batch_sampler=stream, num_workers=cfg.workers, pin_memory=cuda, worker_init_fn=leave_signals)
     )
-    cache, before, journal, skipped = {} if cfg.cache_features else None, {}, None, set()
+    cache, test_cache = caches or ({} if cfg.cache_features else None, None)
+    before, journal, skipped = {}, None, set()
     if chief:
         print_header(cfg, device)
         millions = sum(p.numel() for p in cascade.parameters() if p.requires_grad) / 1e6
         print(f"{len(images)} images of {len(images.classes)} classes, {millions:.2f} M trainable parameters")
         journal = Journal(out, start)
         if test:
-            _, before = journal.measure(start, cascade, test, BACKBONE_METHODS)
+            _, before = journal.measure(start, cascade, test, BACKBONE_METHODS, test_cache)
 
     def loss_of() -> tuple[Tensor, dict[str, Tensor]]:
         batch = next(loader)
@@ -689,7 +717,7 @@ def train(cfg: Config, resume: str | None = None) -> Cascade:
         if done < cfg.steps:
             print(f"stopped after step {done}; go on with --resume {out / 'last.pt'}")
         elif test:
-            _, after_training = journal.measure(done, cascade, test, stages)
+            _, after_training = journal.measure(done, cascade, test, stages, test_cache)
             shown = {"frozen backbone": before["nn"], f"{stages[-1]} stage": after_training[stages[-1]]}
             match_sheet(shown, test).save(out / "matches.png")
             print(f"matches drawn in {out / 'matches.png'}")
@@ -699,10 +727,41 @@ def train(cfg: Config, resume: str | None = None) -> Cascade:
     return cascade
 
 
+def ablate(cfg: Config) -> None:
+    """Train every row of Tables 4 and 5 on the same pairs and crops, and print its PCK on --val beside the full one's.
+
+    A view passes the backbone once for all rows of its size. Every run has its own folder under cfg.out.
+    """
+    if keypoint_set(cfg, "test") is None:
+        raise ValueError("--ablate measures every row on --val: name one")
+    if cfg.only or cfg.checkpoint or cfg.stages < 3 or processes()[1] > 1:
+        raise ValueError("--ablate trains all three stages from the start, in one process")
+    caches, found, patch = {}, {}, BACKBONES[cfg.backbone].patch
+    for number, (row, (changes, _)) in enumerate(ABLATIONS.items()):
+        if row != "full" and not changes:
+            continue
+        run = dataclasses.replace(cfg, **changes, ablate=False, out=str(Path(cfg.out) / str(number)))
+        run.size = round(cfg.size * changes.get("size", 1) / patch) * patch
+        print(f"---- {row}")
+        train(run, caches=caches.setdefault(run.size, ({}, {})))
+        lines = (Path(run.out) / "metrics.jsonl").read_text().splitlines()
+        found[row] = [record for line in lines if "pck" in (record := json.loads(line))][-1]
+        if found[row]["step"] < cfg.steps:  # Ctrl-C
+            return
+    print(f"PCK@{'/'.join(map(str, ALPHAS))} on {found['full']['on']}, per image, seed {cfg.seed}")
+    for row, (changes, stage) in ABLATIONS.items():
+        values = found[row if changes else "full"]["pck"][stage]
+        print(f"{row:36s}" + "".join(f"{value:7.1f}" for value in values))
+
+
 def main(argv: list[str] | None = None, only: str | None = None) -> None:
     """Command line of train.py and, with `only`, of a stage's file."""
     try:
-        train(*parse_config(argv, only))
+        cfg, resume = parse_config(argv, only)
+        if cfg.ablate:
+            ablate(cfg)
+        else:
+            train(cfg, resume)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

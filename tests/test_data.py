@@ -371,6 +371,7 @@ def test_augmented_views_follow_from_key_and_seed_alone(folders):
     pairs[0, 2, 4], pairs[3, 6, 7]  # other work in between changes nothing
     again = pairs[3, 0, 1]
     assert torch.equal(first["src_img"], again["src_img"]) and torch.equal(first["trg_img"], again["trg_img"])
+    assert len({i for epoch in range(3) for i in pairs[epoch, 0, 1]["index"]}) == 6  # every view has its own number
     fresh = TrainPairs(images, 32, 8, augment=True, seed=4)[3, 0, 1]
     assert torch.equal(first["src_img"], fresh["src_img"])
     for other in (pairs[4, 0, 1], TrainPairs(images, 32, 8, augment=True, seed=5)[3, 0, 1]):

@@ -16,6 +16,7 @@ from modules import (
     Conditioning,
     Features,
     GatedCrossAttention,
+    LocalFeedForward,
     MatchConfig,
     Pairs,
     VolumeAggregation,
@@ -271,12 +272,12 @@ def test_backbone_stays_frozen_and_in_eval_mode():
 
 def test_eq1_matches_naive_loop():
     """Eq. (1) cell by cell and head by head; residual=False is the equation itself."""
-    dim, heads, grid_s, grid_t = 12, 3, (2, 3), (4, 2)
+    dim, heads = 12, 3
     module = GatedCrossAttention(dim, heads, residual=False)
     for p in module.parameters():
         torch.nn.init.normal_(p, std=0.5)
     f_s, f_t = torch.randn(2, 7, dim), torch.randn(2, 9, dim)
-    out_s, out_t = module(f_s, f_t, grid_s, grid_t)
+    out_s, out_t = module(f_s, f_t)
 
     def naive(x, y):
         result = torch.zeros_like(x)
@@ -304,7 +305,7 @@ def features(batch: int, grid: tuple[int, int], dim: int) -> Features:
 
 def test_untrained_mvam_is_the_backbones_own_cosine_volume():
     src, trg = features(2, (3, 5), 16), features(2, (4, 2), 16)
-    corr = MVAM(16, MatchConfig())(src, trg)
+    corr = MVAM(16, MatchConfig(), ffn_ratio=0.5)(src, trg)
     assert corr.shape == (2, 3, 5, 4, 2)
     for b, ys, xs, yt, xt in ((0, 0, 0, 0, 0), (1, 2, 4, 3, 1), (0, 1, 3, 2, 0)):
         expected = F.cosine_similarity(src.feat[b, ys * 5 + xs], trg.feat[b, yt * 2 + xt], dim=0)
@@ -312,7 +313,7 @@ def test_untrained_mvam_is_the_backbones_own_cosine_volume():
 
 
 def test_local_feed_forward_sees_neighbours_of_the_same_image_only():
-    block = GatedCrossAttention(8, 2, ffn_ratio=1.0).ffn
+    block = LocalFeedForward(8, 12)
     torch.nn.init.normal_(block.conv2.weight)
     x = torch.randn(2, 1 + 6 * 7, 8, requires_grad=True)
     block(x, (6, 7))[0, 1 + 1 * 7 + 2].sum().backward()  # cell (1, 2)
@@ -320,6 +321,17 @@ def test_local_feed_forward_sees_neighbours_of_the_same_image_only():
     cells = touched[0, 1:].view(6, 7)
     assert cells[0:4, 0:5].all() and int(cells.sum()) == 4 * 5  # two 3x3 convolutions: 5x5 around (1, 2)
     assert not touched[0, 0] and not touched[1].any()
+
+
+def test_local_feed_forward_does_not_tell_a_cell_where_it_lies():
+    block = LocalFeedForward(8, 12)
+    torch.nn.init.normal_(block.conv2.weight)
+    x = torch.randn(1, 1, 8).expand(1, 1 + 4 * 5, 8)  # the same everywhere
+    y = block(x, (4, 5))
+    torch.testing.assert_close(y[:, 1:], y[:, 1:2].expand(1, 20, 8))
+    cell = x[0, 0]  # of a constant map every tap of a 3x3 kernel sees the same: its sum is a linear map
+    hidden = F.gelu(block.conv1.weight.sum((2, 3)) @ cell + block.conv1.bias)
+    torch.testing.assert_close(y[0, 1], cell + block.conv2.weight.sum((2, 3)) @ hidden + block.conv2.bias)
 
 
 @pytest.mark.parametrize("sides", [(4, 4, 4, 4), (5, 7, 6, 3), (8, 4, 2, 6)])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from literal import greedy_literal, hough_table
 
-from image_stage import ImageStage, crop_windows
-from modules import Features, Pairs, adaptive_pooling, negatives
+from image_stage import ImageStage, closes_loop, crop_windows
+from modules import Features, Pairs, adaptive_pooling, greedy_selection, negatives
 from pixel_stage import PixelStage, soft_target
 from region_stage import RegionStage
 from train import STAGES, Cascade, Config
@@ -83,6 +83,28 @@ def test_without_hough_pairs_follow_the_volume_itself():
     pairs = stage.select(corr, src, trg)
     expected = greedy_literal(corr[0].detach(), src.saliency[0] >= 0.5, trg.saliency[0] >= 0.5)
     assert pairs.trg[0, : len(expected)].tolist() == [j for _, j in expected]
+
+
+def test_a_pair_closes_its_loop_where_both_best_matches_end_near_it():
+    corr = torch.rand(2, 3, 5, 5, 4)
+    pairs = greedy_selection(corr)
+    for radius in (0.0, 1.0, 1.5, 2.3):
+        closed = closes_loop(corr, pairs, radius)
+        for b in range(2):
+            for k in range(15):
+                (ys, xs), (yt, xt) = divmod(int(pairs.src[b, k]), 5), divmod(int(pairs.trg[b, k]), 4)
+                yf, xf = divmod(int(corr[b, ys, xs].argmax()), 4)
+                yb, xb = divmod(int(corr[b, :, :, yt, xt].argmax()), 5)
+                near = math.hypot(yf - yt, xf - xt) <= radius and math.hypot(yb - ys, xb - xs) <= radius
+                assert bool(closed[b, k]) == near
+    image = ImageStage(DIM, config(hough=False, saliency_threshold=0.0, candidates=9, loop_radius=1.0))
+    src, trg = features(2, (3, 5)), features(2, (5, 4))
+    chosen = image.select(corr, src, trg)
+    closed = closes_loop(corr, pairs, 1.0)
+    for b in range(2):
+        expected = pairs.src[b][closed[b]][:9].tolist()
+        assert 0 < len(expected) < 15
+        assert chosen.src[b][chosen.valid[b]].tolist() == expected
 
 
 def test_windows_are_five_cells_wide_and_shift_inward_at_the_border():
@@ -246,6 +268,12 @@ def test_shared_attention_is_one_set_of_gated_blocks():
     assert shared.region.mvam.gated is shared.image.mvam.gated is shared.pixel.mvam.gated
     gated = sum(p.numel() for p in shared.image.mvam.gated.parameters())
     assert count() - count(shared_attention=True) == 2 * gated
+
+
+def test_feed_forward_halves_of_the_first_two_stages_can_be_left_out():
+    everywhere, last = (Cascade(config(mil_ffn=on)) for on in (True, False))
+    assert [len(getattr(everywhere, s).mvam.ffn) for s in STAGES] == [1, 1, 1]
+    assert [len(getattr(last, s).mvam.ffn) for s in STAGES] == [0, 0, 1]
 
 
 def test_stages_switch_leaves_out_later_stages():

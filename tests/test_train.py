@@ -16,11 +16,13 @@ import torch
 from PIL import Image
 
 from data import Shapes, prepare
+from evaluate import DATASETS
 from shapes import draw_shape
 from train import (
     PRESETS,
     Cascade,
     Config,
+    ablate,
     cached_features,
     learning_rate,
     load_cascade,
@@ -159,6 +161,43 @@ def test_a_cached_image_has_the_same_bits_whatever_it_was_first_seen_with():
         later = cached_features(cascade.features, [2, 3], [views[[2, 3]]], cache, torch.device("cpu"))
         assert torch.equal(later.feat[1], cascade.features(views[3:4]).feat[0])
         torch.testing.assert_close(later.feat, cascade.features(views[[2, 3]]).feat, rtol=1e-3, atol=1e-4)
+
+
+def test_ablations_share_their_views_and_change_what_they_say(tmp_path, monkeypatch, capsys):
+    shapes = Shapes("train", True)
+    few = DATASETS["shapes"](None, "test")
+    few.pairs = few.pairs[:3]
+    monkeypatch.setattr("train.keypoint_set", lambda cfg, split: few)
+    monkeypatch.setattr("train.training_set", lambda cfg: shapes)
+    seen: dict[int, int] = {}
+    original = Cascade.features
+
+    def counted(self, images, saliency=None):
+        if saliency is not None:  # training images come with their silhouettes
+            seen[self.cfg.size] = seen.get(self.cfg.size, 0) + len(images)
+        return original(self, images, saliency)
+
+    monkeypatch.setattr(Cascade, "features", counted)
+    cfg, _ = configured(tmp_path / "all", "--steps", "2", "--size", "96", "--augment", "--ablate")
+    ablate(cfg)
+    assert seen == {96: 12, 48: 12, 72: 12}
+    configs = {path.parent.name: read_checkpoint(str(path))["config"] for path in (tmp_path / "all").glob("*/last.pt")}
+    full = configs.pop("0")
+    assert not full["ablate"]
+    changed = {n: {k: v for k, v in c.items() if v != full[k] and k != "out"} for n, c in sorted(configs.items())}
+    assert list(changed.values()) == [
+        *({"saliency_threshold": 0.0}, {"hough": False}, {"hough_side": 3}, {"hough_side": 7}),
+        *({"shared_attention": True}, {"size": 48}, {"size": 72}),
+    ]
+    table = capsys.readouterr().out.split("PCK@")[-1].splitlines()[1:]
+    pck = losses(tmp_path / "all" / "0")[-1]["pck"]
+    assert len(table) == 10 and all(line.startswith(("full", "4 (", "5 (")) for line in table)
+    for line, stage in ((table[0], "pixel"), (table[8], "region"), (table[9], "image")):
+        assert line.split()[-3:] == [f"{v:.1f}" for v in pck[stage]]
+    train(*configured(tmp_path / "plain", "--steps", "2", "--size", "96", "--augment"))
+    assert_same_weights(tmp_path / "all" / "0", tmp_path / "plain", rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="--ablate trains all three stages"):
+        ablate(configured(tmp_path, "--ablate", "--stages", "2")[0])
 
 
 def test_backbone_runs_once_per_image_and_step(tmp_path, monkeypatch):
