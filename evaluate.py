@@ -323,7 +323,7 @@ def draw_matches(
 
 
 def match_sheet(
-    predictions: dict[str, list[Tensor]], keypoints: data.KeypointSet, count: int = 8, numbers: list[int] | None = None
+    predictions: dict[str, list[Tensor]], keypoints: data.KeypointSet, count: int = 10, numbers: list[int] | None = None
 ) -> Image.Image:
     """A page of pairs, one column a method, at alpha 0.10 of rule "bbox".
 
@@ -488,7 +488,7 @@ def main() -> None:
     parser.add_argument("--download", action="store_true", help="fetch the data set into --datapath if it is not there")
     parser.add_argument("--checkpoint", help="checkpoint written by train.py or finetune.py")
     parser.add_argument(
-        "--stage", nargs="+", choices=("image", "region", "pixel"), help="default: the last one trained"
+        "--stage", nargs="+", choices=("image", "region", "pixel", "voted"), help="default: the last one trained"
     )
     parser.add_argument("--baseline", nargs="*", choices=BACKBONE_METHODS, help="score the frozen backbone")
     parser.add_argument("--backbone", help="without a checkpoint (default ibot_vitb16, on shapes random_vit8)")
@@ -543,7 +543,8 @@ def main() -> None:
     elif args.checkpoint:
         matcher = load_cascade(args.checkpoint, weights=args.weights, device=device, **overrides)
         methods = (args.stage or [matcher.cfg.final_stage]) + (args.baseline or [])
-        if missing := [m for m in methods if m in STAGES[matcher.cfg.stages :]]:
+        trained = matcher.cfg.stages
+        if missing := [m for m in methods if m in STAGES[trained:] or (m == "voted" and trained < 3)]:
             raise ValueError(f"--stage {missing[0]}: {args.checkpoint} ends with the {matcher.cfg.final_stage} stage")
     else:
         preset = PRESETS["quick"] if args.dataset == "shapes" else {}

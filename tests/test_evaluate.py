@@ -764,7 +764,7 @@ def test_a_stage_the_checkpoint_does_not_have_is_named(run_main, tmp_path):
 
     cascade = Cascade(Config(backbone="random_vit8", stages=1))
     save_checkpoint(tmp_path / "image.pt", cascade, torch.optim.AdamW(cascade.image.parameters()), 0)
-    for stage in ("region", "pixel"):
+    for stage in ("region", "pixel", "voted"):
         with pytest.raises(ValueError, match=f"--stage {stage}"):
             run_main("--checkpoint", tmp_path / "image.pt", "--stage", stage)
 

@@ -295,6 +295,17 @@ def test_region_transfer_refines_inside_the_windows_around_the_image_match():
     torch.testing.assert_close(one[0, 0], fine[1, 2], rtol=1e-3, atol=1e-3)
 
 
+def test_votes_of_the_image_stage_are_added_row_by_row():
+    cascade = small_cascade(hough_exponent=2.0)
+    src, trg, _ = one_batch(cascade)
+    pixel, image = cascade.volume(src, trg, "pixel").detach(), cascade.volume(src, trg, "image").detach()
+    voted = cascade.volume(src, trg, "voted").detach()
+    for b, y, x in ((0, 0, 0), (1, 3, 2), (2, 1, 4)):
+        votes = hough_table(image[b], exponent=2.0)[y, x]
+        row = pixel[b, y, x].clamp(min=0) / pixel[b, y, x].max() + 0.5 * votes / votes.max()
+        torch.testing.assert_close(voted[b, y, x], row.float(), rtol=1e-4, atol=1e-5)
+
+
 def test_saliency_modes():
     images = torch.randn(2, 3, 48, 56)
     assert (small_cascade(saliency="none").features(images).saliency == 1).all()
