@@ -20,6 +20,7 @@ from modules import (
     Pairs,
     Regions,
     adaptive_pooling,
+    best_pairs,
     cells_to_xy,
     mil_loss,
     negatives,
@@ -105,10 +106,10 @@ class ImageStage(nn.Module):
         """Suspected pairs: Hough matching and Algorithm 1 inside the foreground; of those that close their loop, the
         best `candidates`."""
         pairs = select_pairs(corr, src, trg, self.cfg)
+        kept = pairs.valid
         if self.cfg.loop_radius:
-            pairs = pairs._replace(valid=pairs.valid & closes_loop(corr, pairs, self.cfg.loop_radius))
-        order = (~pairs.valid).long().argsort(stable=True)[:, : self.cfg.candidates]
-        return Pairs(*(x.gather(1, order) for x in pairs))
+            kept = kept & closes_loop(corr, pairs, self.cfg.loop_radius)
+        return best_pairs(pairs, kept, self.cfg.candidates)
 
     @torch.no_grad()
     def regions(self, pairs: Pairs, src: Features, trg: Features) -> Regions:

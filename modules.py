@@ -792,6 +792,12 @@ def select_pairs(corr: Tensor, src: Features, trg: Features, cfg: MatchConfig) -
     return greedy_selection(matching_scores(corr, keep_s, keep_t, cfg), keep_s, keep_t)
 
 
+def best_pairs(pairs: Pairs, kept: Tensor, count: int) -> Pairs:
+    """The first `count` of the pairs that are marked in kept (B, K) bool, the only valid ones of the result."""
+    order = (~kept).long().argsort(stable=True)[:, :count]
+    return Pairs(*(x.gather(1, order) for x in pairs._replace(valid=kept)))
+
+
 @torch.no_grad()
 def pair_nms(pairs: Pairs, width_s: int, width_t: int, radius: float, keep: int) -> Pairs:
     """Non-maximum suppression of pairs: one is dropped if either of its ends lies nearer than `radius` cells (the
@@ -807,9 +813,7 @@ def pair_nms(pairs: Pairs, width_s: int, width_t: int, radius: float, keep: int)
     kept = pairs.valid.clone()
     for k in range(1, kept.shape[1]):
         kept[:, k] &= ~(near[:, k, :k] & kept[:, :k]).any(1)
-    order = (~kept).long().argsort(stable=True)[:, :keep]
-    src, trg, score, _ = (x.gather(1, order) for x in pairs)
-    return Pairs(src, trg, score, kept.gather(1, order))
+    return best_pairs(pairs, kept, keep)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -151,7 +151,8 @@ PRESETS = {
 }
 
 # Tables 4 and 5: what changes against the full cascade, and where its row is read. Without saliency every cell is
-# foreground. No gradient of a stage reaches the stage before it, so that (V) and (VI) stand in the full run.
+# foreground. No gradient of a stage reaches the stage before it, so that (V) and (VI) stand in the full run, up to the
+# gradient norm that all stages are clipped by together.
 ABLATIONS = {
     "full": ({}, "pixel"),
     "4 (II) without saliency": ({"saliency_threshold": 0.0}, "pixel"),
