@@ -24,12 +24,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
 import data
-from modules import Features
+from modules import Features, transfer_keypoints
 
 ALPHAS = (0.05, 0.10, 0.15)
 GREEN, RED, YELLOW = (40, 200, 60), (230, 40, 40), (250, 210, 40)
@@ -124,6 +125,58 @@ def hits(pred: Tensor, task: Task, alphas: tuple[float, ...], strict: bool = Fal
 
 
 PADDED = Protocol(frame=256, pad=-1)  # what "bbox-padded" shows beside PF-WILLOW's own rule
+
+
+def views_of(grid: tuple[int, int]) -> list[tuple[slice, slice]]:
+    """Where the four views of dense features lie in a grid of twice their cells: every second row and column."""
+    if grid[0] % 2 or grid[1] % 2:
+        raise ValueError(f"{grid[1]}x{grid[0]} cells are not those of four views")
+    return [(slice(y, None, 2), slice(x, None, 2)) for y in (0, 1) for x in (0, 1)]
+
+
+class Dense:
+    """A cascade that reads an image at half its patch's stride: four views of it, each moved by half a patch.
+
+    What overlapping patches give (Amir et al., 2021) for a fraction of their attention. Features are those of the four
+    views, interleaved to twice the cells a side; a volume is that of every view of the source with every view of the
+    target, as the stages know them, interleaved likewise. The border is repeated.
+    """
+
+    def __init__(self, cascade) -> None:
+        self.cascade, self.cfg, self.backbone = cascade, cascade.cfg, cascade.backbone
+
+    def features(self, images: Tensor) -> Features:
+        """Images (B, 3, H, W) to Features of 2H/patch x 2W/patch cells; the class token is the mean of four."""
+        (height, width), half = images.shape[-2:], self.backbone.patch // 2
+        first = (half + 1) // 2  # cells then lie where those of a grid of twice the cells do, to half a pixel
+        padded = F.pad(images, (first, half - first, first, half - first), mode="replicate")
+        views = [
+            self.cascade.features(padded[..., y : y + height, x : x + width]) for y in (0, half) for x in (0, half)
+        ]
+        h, w = views[0].grid
+        cells = views[0].feat.new_empty(len(images), 2 * h, 2 * w, views[0].feat.shape[-1])
+        for (y, x), view in zip(views_of((2 * h, 2 * w)), views):
+            cells[:, y, x] = view.feat.unflatten(1, (h, w))
+        token = torch.stack([view.token for view in views]).mean(0)
+        return Features(cells.flatten(1, 2), token, torch.ones_like(cells[..., 0]))
+
+    def volume(self, src: Features, trg: Features, method: str) -> Tensor:
+        """Features of `features` to a volume of their cells, (B, Hs, Ws, Ht, Wt)."""
+        s, t = (x.feat.unflatten(1, x.grid) for x in (src, trg))
+        corr = s.new_empty(len(s), *src.grid, *trg.grid)
+        for ys, xs in views_of(src.grid):
+            for yt, xt in views_of(trg.grid):
+                views = (
+                    Features(cells[:, y, x].flatten(1, 2), image.token, image.saliency[:, y, x])
+                    for cells, image, y, x in ((s, src, ys, xs), (t, trg, yt, xt))
+                )
+                corr[:, ys, xs, yt, xt] = self.cascade.volume(*views, method)
+        return corr
+
+    @torch.no_grad()
+    def transfer(self, src: Features, trg: Features, points: Tensor, method: str) -> Tensor:
+        """Source to target: points (B, n, 2) as (x, y) in source cells to target cells."""
+        return transfer_keypoints(self.volume(src, trg, method), points)
 
 
 def blocks_of_pairs(keypoints: data.KeypointSet, numbers: list[int], held: int) -> list[list[int]]:
@@ -488,8 +541,9 @@ def main() -> None:
     parser.add_argument("--download", action="store_true", help="fetch the data set into --datapath if it is not there")
     parser.add_argument("--checkpoint", help="checkpoint written by train.py or finetune.py")
     parser.add_argument(
-        "--stage", nargs="+", choices=("image", "region", "pixel", "voted"), help="default: the last one trained"
+        "--stage", nargs="+", choices=("image", "region", "pixel"), help="default: the last one trained"
     )
+    parser.add_argument("--dense", action="store_true", help="read images at half the patch's stride: four views each")
     parser.add_argument("--baseline", nargs="*", choices=BACKBONE_METHODS, help="score the frozen backbone")
     parser.add_argument("--backbone", help="without a checkpoint (default ibot_vitb16, on shapes random_vit8)")
     parser.add_argument("--weights", help="backbone weights file instead of a download")
@@ -535,22 +589,26 @@ def main() -> None:
         data.download((args.dataset or "--pairs").removesuffix("-small"), args.datapath)
     keypoints = data.csv_pairs(args.pairs) if args.pairs else DATASETS[args.dataset](args.datapath, split)
     if args.checkpoint and read_state(args.checkpoint)["program"] == "finetune.py":
-        if args.stage or args.baseline or args.weights or overrides:
+        if args.stage or args.baseline or args.weights or overrides or args.dense:
             raise ValueError(
-                f"{args.checkpoint} is CATs: no --stage, --baseline, --weights, --backbone, --layer or --size"
+                f"{args.checkpoint} is CATs: no --stage, --baseline, --weights, --backbone, --layer, --size or --dense"
             )
         matcher, methods = load_matcher(args.checkpoint, device), ["cats"]
     elif args.checkpoint:
         matcher = load_cascade(args.checkpoint, weights=args.weights, device=device, **overrides)
         methods = (args.stage or [matcher.cfg.final_stage]) + (args.baseline or [])
         trained = matcher.cfg.stages
-        if missing := [m for m in methods if m in STAGES[trained:] or (m == "voted" and trained < 3)]:
+        if missing := [m for m in methods if m in STAGES[trained:]]:
             raise ValueError(f"--stage {missing[0]}: {args.checkpoint} ends with the {matcher.cfg.final_stage} stage")
     else:
         preset = PRESETS["quick"] if args.dataset == "shapes" else {}
         matcher = Cascade(Config(**preset | overrides | {"weights": args.weights})).to(device).eval()
         methods = args.baseline
     methods = list(dict.fromkeys(methods))
+    if args.dense:
+        if "region" in methods:
+            raise ValueError("--dense: the region stage refines in whole cells; leave it out of --stage")
+        matcher = Dense(matcher)
     alphas = tuple(args.alpha or ((0.01, 0.05, 0.10) if (args.dataset or "").startswith("spair") else ALPHAS))
     rule = None if args.thres == "auto" else args.thres
     if world > 1:
@@ -592,7 +650,7 @@ def main() -> None:
         print(f"worst, middle and best pairs of every class, and the PCK curve, drawn in {Path(args.out)}")
     if args.json:
         cfg = {key: getattr(matcher.cfg, key, None) for key in ("backbone", "layer", "levels", "size")}
-        report = {"dataset": keypoints.name, "pairs": len(keypoints), "alphas": alphas} | cfg
+        report = {"dataset": keypoints.name, "pairs": len(keypoints), "alphas": alphas, "dense": args.dense} | cfg
         Path(args.json).write_text(json.dumps(report | {"checkpoint": args.checkpoint, "scores": scores}, indent=1))
 
 

@@ -446,6 +446,29 @@ def cosine_volume(feat_s: Tensor, feat_t: Tensor, grid_s: tuple[int, int], grid_
         return (s @ t.transpose(1, 2)).unflatten(2, grid_t).unflatten(1, grid_s)
 
 
+def neighbourhood_consensus(corr: Tensor, side: int) -> Tensor:
+    """A match is as good as its neighbours that move alike: C[i, j] = sum_d g(d) corr[i + d, j + d].
+
+    The one 4D convolution whose kernel lies on the diagonal, fixed; what NC-Net's learn, and VAT's in front of its
+    windows, starts here. d runs over side x side cells, g is a Gaussian that ends at three standard deviations, sum 1;
+    zeros outside. corr (B, Hs, Ws, Ht, Wt), same shape out; two passes of `side` shifted sums.
+    """
+    if side < 1 or side % 2 == 0:
+        raise ValueError(f"--consensus {side}: the neighbourhood's side must be odd, or 0 for none")
+    offset = torch.arange(side, device=corr.device, dtype=corr.dtype) - side // 2
+    gauss = torch.exp(-0.5 * (6 * offset / side) ** 2)
+    gauss = gauss / gauss.sum()
+    for src_axis in (1, 2):  # y, then x; the target's axis is two further
+        sides = corr.shape
+        pad = [side // 2 if axis in (src_axis, src_axis + 2) else 0 for axis in (4, 3, 2, 1) for _ in (0, 1)]
+        padded = F.pad(corr, pad)
+        corr = sum(
+            weight * padded.narrow(src_axis, k, sides[src_axis]).narrow(src_axis + 2, k, sides[src_axis + 2])
+            for k, weight in enumerate(gauss)
+        )
+    return corr
+
+
 def window_partition(x: Tensor, window: tuple[int, ...]) -> Tensor:
     """(B, n1, n2, n3, n4, D), each n a multiple of its window side, to (B, windows, tokens of a window, D)."""
     x = x.unflatten(4, (-1, window[3])).unflatten(3, (-1, window[2])).unflatten(2, (-1, window[1]))
@@ -574,11 +597,15 @@ class MVAM(nn.Module):
     """Matching volume aggregation module: features of two images to one volume.
 
     ffn_ratio: hidden width of the feed-forward halves over that of the features; 0: gated attention alone.
-    volume_window overrides the configured window (the region stage sees its whole 5^4 volume at once).
+    volume_window overrides the configured window (the region stage sees its whole 5^4 volume at once). consensus: side
+    of the neighbourhood that the volume is averaged over before its windows; 0: none.
     """
 
-    def __init__(self, dim: int, cfg: MatchConfig, ffn_ratio: float, volume_window: int | None = None) -> None:
+    def __init__(
+        self, dim: int, cfg: MatchConfig, ffn_ratio: float, volume_window: int | None = None, consensus: int = 0
+    ) -> None:
         super().__init__()
+        self.consensus = consensus
         self.gated = nn.ModuleList(GatedCrossAttention(dim, cfg.heads, cfg.residual) for _ in range(cfg.layers))
         self.ffn = nn.ModuleList(LocalFeedForward(dim, int(dim * ffn_ratio)) for _ in range(cfg.layers) if ffn_ratio)
         self.aggregation = None
@@ -596,6 +623,8 @@ class MVAM(nn.Module):
             if self.ffn:
                 s, t = self.ffn[k](s, src.grid), self.ffn[k](t, trg.grid)
         corr = cosine_volume(s[:, 1:], t[:, 1:], src.grid, trg.grid)  # Phi
+        if self.consensus:
+            corr = neighbourhood_consensus(corr, self.consensus)
         return corr if self.aggregation is None else corr + self.aggregation(corr)  # rho
 
 

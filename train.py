@@ -129,6 +129,7 @@ PRESETS = {
         mil_ffn=False,
         saliency_threshold=0.2,
         loop_radius=1.5,
+        consensus=5,
         steps=150,
         batch=6,
         lr=2e-4,
@@ -155,6 +156,7 @@ PRESETS = {
 # gradient norm that all stages are clipped by together.
 ABLATIONS = {
     "full": ({}, "pixel"),
+    "ours, without consensus": ({"consensus": 0}, "pixel"),
     "4 (II) without saliency": ({"saliency_threshold": 0.0}, "pixel"),
     "4 (III) without Hough matching": ({"hough": False}, "pixel"),
     "4 (IV) L = 3": ({"hough_side": 3}, "pixel"),
@@ -226,18 +228,8 @@ class Cascade(nn.Module):
         return losses, counts
 
     def volume(self, src: Features, trg: Features, method: str | None = None) -> Tensor:
-        """The volume (B, Hs, Ws, Ht, Wt) of a stage, or of the frozen features: "nn", "hough".
-
-        "voted": the pixel stage's and half of the Hough-matched image stage's, rows over their maxima. Votes help
-        features that have not learnt from them, and hurt those that have.
-        """
+        """The volume (B, Hs, Ws, Ht, Wt) of a stage, or of the frozen features: "nn", "hough"."""
         method = method or self.cfg.final_stage
-        if method == "voted":
-            votes = hough_matching(self.image(src, trg), side=self.cfg.hough_side, exponent=self.cfg.hough_exponent)
-            rows = [
-                x.clamp(min=0) / x.amax((3, 4), keepdim=True).clamp(min=1e-6) for x in (self.pixel(src, trg), votes)
-            ]
-            return rows[0] + 0.5 * rows[1]
         if method in BACKBONE_METHODS:
             corr = cosine_volume(src.feat, trg.feat, src.grid, trg.grid)
             if method == "hough":

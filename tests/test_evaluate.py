@@ -25,6 +25,7 @@ from evaluate import (
     PROTOCOLS,
     RED,
     YELLOW,
+    Dense,
     blocks_of_pairs,
     correct_points,
     draw_curve,
@@ -764,9 +765,78 @@ def test_a_stage_the_checkpoint_does_not_have_is_named(run_main, tmp_path):
 
     cascade = Cascade(Config(backbone="random_vit8", stages=1))
     save_checkpoint(tmp_path / "image.pt", cascade, torch.optim.AdamW(cascade.image.parameters()), 0)
-    for stage in ("region", "pixel", "voted"):
+    for stage in ("region", "pixel"):
         with pytest.raises(ValueError, match=f"--stage {stage}"):
             run_main("--checkpoint", tmp_path / "image.pt", "--stage", stage)
+
+
+def pooled(patch: int) -> SimpleNamespace:
+    """A matcher whose cells hold the mean of their own pixels."""
+
+    def features(images: torch.Tensor) -> Features:
+        means = torch.nn.functional.avg_pool2d(images, patch)
+        return Features(means.flatten(2).transpose(1, 2), means.mean((2, 3)), torch.ones_like(means[:, 0]))
+
+    return SimpleNamespace(features=features, backbone=SimpleNamespace(patch=patch), cfg=None)
+
+
+@pytest.mark.parametrize("patch", [4, 8, 14, 16])
+def test_dense_cells_lie_where_those_of_a_grid_of_twice_the_cells_do(patch):
+    height, width = 3 * patch, 5 * patch
+    ramps = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))[None].float()
+    found = Dense(pooled(patch)).features(ramps)
+    assert found.grid == (6, 10) and found.feat.shape == (1, 60, 2)
+    y, x = found.feat.unflatten(1, found.grid)[0].unbind(-1)
+    step = patch / 2
+    inner = torch.arange(1, 9)  # the outermost cells see the border twice
+    assert (x[2, inner] - ((inner + 0.5) * step - 0.5)).abs().max() <= 0.5
+    assert (y[1:5, 3] - ((torch.arange(1, 5) + 0.5) * step - 0.5)).abs().max() <= 0.5
+
+
+def test_a_dense_volume_is_that_of_every_view_with_every_view():
+    from train import Cascade, Config
+
+    cascade = Cascade(Config(backbone="random_vit8", consensus=3, volume_window=2)).eval()
+    for p in cascade.pixel.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    matcher = Dense(cascade)
+    images = torch.randn(2, 3, 24, 32), torch.randn(2, 3, 40, 24)
+    src, trg = map(matcher.features, images)
+    with torch.no_grad():
+        found = matcher.volume(src, trg, "pixel")
+    assert found.shape == (2, 6, 8, 10, 6)
+
+    def view(image: torch.Tensor, y: int, x: int) -> torch.Tensor:  # rows and columns moved by -2 or 2 pixels
+        rows, columns = ((torch.arange(n) + 4 * k - 2).clamp(0, n - 1) for n, k in zip(image.shape[-2:], (y, x)))
+        return image[:, :, rows][..., columns]
+
+    for ys, xs, yt, xt in ((0, 0, 0, 0), (1, 0, 0, 1), (0, 1, 1, 1)):
+        s, t = cascade.features(view(images[0], ys, xs)), cascade.features(view(images[1], yt, xt))
+        s, t = s._replace(token=src.token), t._replace(token=trg.token)
+        with torch.no_grad():
+            expected = cascade.volume(s, t, "pixel")
+        torch.testing.assert_close(found[:, ys::2, xs::2, yt::2, xt::2], expected, rtol=1e-4, atol=1e-5)
+    tokens = [cascade.features(view(images[0], y, x)).token for y in (0, 1) for x in (0, 1)]
+    torch.testing.assert_close(src.token, sum(tokens) / 4)
+
+
+def test_dense_scores_differ_and_the_region_stage_has_none(run_main, tmp_path):
+    from train import Cascade, Config, save_checkpoint
+
+    cascade = Cascade(Config(backbone="random_vit8", size=64))
+    save_checkpoint(tmp_path / "all.pt", cascade, torch.optim.AdamW(cascade.image.parameters()), 0)
+    reports = []
+    for extra in ([], ["--dense"]):
+        run_main("--checkpoint", tmp_path / "all.pt", "--baseline", "nn", "--json", tmp_path / "out.json", *extra)
+        reports.append(json.loads((tmp_path / "out.json").read_text()))
+    assert [report["dense"] for report in reports] == [False, True]
+    plain, dense = (report["scores"]["target"]["nn"]["bbox"]["per_image"] for report in reports)
+    assert plain != dense
+    keypoints = data.shapes_pairs("test")  # two images a class, as in the run
+    expected = score(predict(Dense(cascade.eval()), keypoints, ["nn"], quiet=True)["nn"], keypoints)
+    assert dense == pytest.approx(expected["bbox"]["per_image"], abs=1e-3)
+    with pytest.raises(ValueError, match="--dense: the region stage"):
+        run_main("--checkpoint", tmp_path / "all.pt", "--stage", "region", "--dense")
 
 
 def test_a_checkpoint_is_scored_by_its_last_stage_beside_the_baselines(run_main, capsys, tmp_path):

@@ -1,6 +1,7 @@
 """Backbone, MVAM, PMPS and keypoint transfer against literal computations."""
 
 import argparse
+import itertools
 import math
 
 import numpy as np
@@ -29,6 +30,7 @@ from modules import (
     kernel_soft_argmax,
     load_backbone,
     mil_loss,
+    neighbourhood_consensus,
     pair_nms,
     patch_shuffle,
     patch_split,
@@ -332,6 +334,24 @@ def test_local_feed_forward_does_not_tell_a_cell_where_it_lies():
     cell = x[0, 0]  # of a constant map every tap of a 3x3 kernel sees the same: its sum is a linear map
     hidden = F.gelu(block.conv1.weight.sum((2, 3)) @ cell + block.conv1.bias)
     torch.testing.assert_close(y[0, 1], cell + block.conv2.weight.sum((2, 3)) @ hidden + block.conv2.bias)
+
+
+@pytest.mark.parametrize("side", [3, 5])
+def test_neighbourhood_consensus_matches_naive_loop(side):
+    corr, reach = torch.rand(2, 4, 6, 7, 3, dtype=torch.float64) - 0.3, side // 2
+    found = neighbourhood_consensus(corr, side)
+    weight = {d: math.exp(-0.5 * (d / (side / 6)) ** 2) for d in range(-reach, reach + 1)}
+    norm = sum(weight.values()) ** 2
+    for b, ys, xs, yt, xt in itertools.product(*map(range, corr.shape)):
+        total = 0.0
+        for dy, dx in itertools.product(weight, weight):
+            i, j, k, m = ys + dy, xs + dx, yt + dy, xt + dx
+            if 0 <= i < 4 and 0 <= j < 6 and 0 <= k < 7 and 0 <= m < 3:
+                total += weight[dy] * weight[dx] * float(corr[b, i, j, k, m])
+        assert math.isclose(total / norm, float(found[b, ys, xs, yt, xt]), abs_tol=1e-9)
+    torch.testing.assert_close(neighbourhood_consensus(corr, 1), corr)
+    with pytest.raises(ValueError, match="--consensus 4"):
+        neighbourhood_consensus(corr, 4)
 
 
 @pytest.mark.parametrize("sides", [(4, 4, 4, 4), (5, 7, 6, 3), (8, 4, 2, 6)])

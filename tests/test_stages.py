@@ -7,7 +7,15 @@ import torch
 from literal import greedy_literal, hough_table
 
 from image_stage import ImageStage, closes_loop, crop_windows
-from modules import Features, Pairs, adaptive_pooling, greedy_selection, negatives
+from modules import (
+    Features,
+    Pairs,
+    adaptive_pooling,
+    cosine_volume,
+    greedy_selection,
+    negatives,
+    neighbourhood_consensus,
+)
 from pixel_stage import PixelStage, soft_target
 from region_stage import RegionStage
 from train import STAGES, Cascade, Config
@@ -295,15 +303,14 @@ def test_region_transfer_refines_inside_the_windows_around_the_image_match():
     torch.testing.assert_close(one[0, 0], fine[1, 2], rtol=1e-3, atol=1e-3)
 
 
-def test_votes_of_the_image_stage_are_added_row_by_row():
-    cascade = small_cascade(hough_exponent=2.0)
+def test_neighbourhood_consensus_is_the_pixel_stages_alone():
+    torch.manual_seed(1)
+    cascade = Cascade(config(consensus=3, volume_depth=0, axes=0))
     src, trg, _ = one_batch(cascade)
-    pixel, image = cascade.volume(src, trg, "pixel").detach(), cascade.volume(src, trg, "image").detach()
-    voted = cascade.volume(src, trg, "voted").detach()
-    for b, y, x in ((0, 0, 0), (1, 3, 2), (2, 1, 4)):
-        votes = hough_table(image[b], exponent=2.0)[y, x]
-        row = pixel[b, y, x].clamp(min=0) / pixel[b, y, x].max() + 0.5 * votes / votes.max()
-        torch.testing.assert_close(voted[b, y, x], row.float(), rtol=1e-4, atol=1e-5)
+    plain = cosine_volume(src.feat, trg.feat, src.grid, trg.grid)
+    torch.testing.assert_close(cascade.volume(src, trg, "image"), plain)
+    torch.testing.assert_close(cascade.volume(src, trg, "pixel"), neighbourhood_consensus(plain, 3))
+    assert not torch.allclose(cascade.volume(src, trg, "pixel"), plain, atol=0.01)
 
 
 def test_saliency_modes():

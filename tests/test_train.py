@@ -178,7 +178,7 @@ def test_ablations_share_their_views_and_change_what_they_say(tmp_path, monkeypa
         return original(self, images, saliency)
 
     monkeypatch.setattr(Cascade, "features", counted)
-    cfg, _ = configured(tmp_path / "all", "--steps", "2", "--size", "96", "--augment", "--ablate")
+    cfg, _ = configured(tmp_path / "all", "--steps", "2", "--size", "96", "--augment", "--consensus", "3", "--ablate")
     ablate(cfg)
     assert seen == {96: 12, 48: 12, 72: 12}
     configs = {path.parent.name: read_checkpoint(str(path))["config"] for path in (tmp_path / "all").glob("*/last.pt")}
@@ -186,15 +186,15 @@ def test_ablations_share_their_views_and_change_what_they_say(tmp_path, monkeypa
     assert not full["ablate"]
     changed = {n: {k: v for k, v in c.items() if v != full[k] and k != "out"} for n, c in sorted(configs.items())}
     assert list(changed.values()) == [
-        *({"saliency_threshold": 0.0}, {"hough": False}, {"hough_side": 3}, {"hough_side": 7}),
+        *({"consensus": 0}, {"saliency_threshold": 0.0}, {"hough": False}, {"hough_side": 3}, {"hough_side": 7}),
         *({"shared_attention": True}, {"size": 48}, {"size": 72}),
     ]
     table = capsys.readouterr().out.split("PCK@")[-1].splitlines()[1:]
     pck = losses(tmp_path / "all" / "0")[-1]["pck"]
-    assert len(table) == 10 and all(line.startswith(("full", "4 (", "5 (")) for line in table)
-    for line, stage in ((table[0], "pixel"), (table[8], "region"), (table[9], "image")):
+    assert len(table) == 11 and all(line.startswith(("full", "ours", "4 (", "5 (")) for line in table)
+    for line, stage in ((table[0], "pixel"), (table[9], "region"), (table[10], "image")):
         assert line.split()[-3:] == [f"{v:.1f}" for v in pck[stage]]
-    train(*configured(tmp_path / "plain", "--steps", "2", "--size", "96", "--augment"))
+    train(*configured(tmp_path / "plain", "--steps", "2", "--size", "96", "--augment", "--consensus", "3"))
     assert_same_weights(tmp_path / "all" / "0", tmp_path / "plain", rtol=1e-3, atol=1e-5)
     with pytest.raises(ValueError, match="--ablate trains all three stages"):
         ablate(configured(tmp_path, "--ablate", "--stages", "2")[0])
