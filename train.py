@@ -129,6 +129,7 @@ PRESETS = {
         mil_ffn=False,
         saliency_threshold=0.2,
         loop_radius=1.5,
+        hough=False,  # its votes and the consensus say the same: what it selects teaches nothing new
         consensus=5,
         steps=150,
         batch=6,
