@@ -562,7 +562,7 @@ def main() -> None:
     if args.baseline is not None and not args.baseline:
         args.baseline = list(BACKBONE_METHODS)
     if not (args.checkpoint or args.baseline):
-        parser.error("give --checkpoint FILE, or --baseline nn hough to score the frozen backbone")
+        parser.error("give --checkpoint FILE, or --baseline nn to score the frozen backbone")
     if args.stage and not args.checkpoint:
         parser.error("--stage needs --checkpoint")
     if args.batch < 1 or args.visualize < 0 or min(args.alpha or [0]) < 0:

@@ -44,12 +44,13 @@ from modules import (
     cosine_volume,
     hough_matching,
     load_backbone,
+    neighbourhood_consensus,
     transfer_keypoints,
 )
 from pixel_stage import PixelConfig, PixelStage
 from region_stage import RegionConfig, RegionStage
 
-BACKBONE_METHODS = ("nn", "hough")
+BACKBONE_METHODS = ("nn", "hough", "consensus")
 STAGES = ("image", "region", "pixel")
 
 
@@ -229,12 +230,15 @@ class Cascade(nn.Module):
         return losses, counts
 
     def volume(self, src: Features, trg: Features, method: str | None = None) -> Tensor:
-        """The volume (B, Hs, Ws, Ht, Wt) of a stage, or of the frozen features: "nn", "hough"."""
+        """The volume (B, Hs, Ws, Ht, Wt) of a stage, or of the frozen features: "nn" nearest neighbour, "hough"
+        matching, "consensus" of neighbours (5x5 where the pixel stage has none)."""
         method = method or self.cfg.final_stage
         if method in BACKBONE_METHODS:
             corr = cosine_volume(src.feat, trg.feat, src.grid, trg.grid)
             if method == "hough":
                 corr = hough_matching(corr, side=self.cfg.hough_side, exponent=self.cfg.hough_exponent)
+            if method == "consensus":
+                corr = neighbourhood_consensus(corr, self.cfg.consensus or 5)
             return corr
         if method == "region":
             raise ValueError("the region stage has no volume of whole images")

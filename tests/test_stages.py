@@ -311,6 +311,10 @@ def test_neighbourhood_consensus_is_the_pixel_stages_alone():
     torch.testing.assert_close(cascade.volume(src, trg, "image"), plain)
     torch.testing.assert_close(cascade.volume(src, trg, "pixel"), neighbourhood_consensus(plain, 3))
     assert not torch.allclose(cascade.volume(src, trg, "pixel"), plain, atol=0.01)
+    torch.testing.assert_close(cascade.volume(src, trg, "consensus"), neighbourhood_consensus(plain, 3))
+    without = Cascade(config(volume_depth=0))
+    torch.testing.assert_close(without.volume(src, trg, "consensus"), neighbourhood_consensus(plain, 5))
+    torch.testing.assert_close(without.volume(src, trg, "pixel"), plain)
 
 
 def test_saliency_modes():
