@@ -584,7 +584,7 @@ class Journal:
         protocol = f"{keypoints.name}, {len(keypoints)} pairs, {keypoints.rule}, per image"
         tqdm.write(f"step {step}: PCK@{'/'.join(map(str, ALPHAS))} on {protocol}")
         for method, values in found.items():
-            tqdm.write(f"    {method:7s}" + "".join(f"{v:7.1f}" for v in values))
+            tqdm.write(f"    {method:9s}" + "".join(f"{v:7.1f}" for v in values))
         return found, predictions
 
 
