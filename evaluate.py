@@ -127,11 +127,8 @@ def hits(pred: Tensor, task: Task, alphas: tuple[float, ...], strict: bool = Fal
 PADDED = Protocol(frame=256, pad=-1)  # what "bbox-padded" shows beside PF-WILLOW's own rule
 
 
-def views_of(grid: tuple[int, int]) -> list[tuple[slice, slice]]:
-    """Where the four views of dense features lie in a grid of twice their cells: every second row and column."""
-    if grid[0] % 2 or grid[1] % 2:
-        raise ValueError(f"{grid[1]}x{grid[0]} cells are not those of four views")
-    return [(slice(y, None, 2), slice(x, None, 2)) for y in (0, 1) for x in (0, 1)]
+# Where the four views of dense features lie in a grid of twice their cells: every second row and column.
+VIEWS = [(slice(y, None, 2), slice(x, None, 2)) for y in (0, 1) for x in (0, 1)]
 
 
 class Dense:
@@ -155,7 +152,7 @@ class Dense:
         ]
         h, w = views[0].grid
         cells = views[0].feat.new_empty(len(images), 2 * h, 2 * w, views[0].feat.shape[-1])
-        for (y, x), view in zip(views_of((2 * h, 2 * w)), views):
+        for (y, x), view in zip(VIEWS, views):
             cells[:, y, x] = view.feat.unflatten(1, (h, w))
         token = torch.stack([view.token for view in views]).mean(0)
         return Features(cells.flatten(1, 2), token, torch.ones_like(cells[..., 0]))
@@ -164,8 +161,8 @@ class Dense:
         """Features of `features` to a volume of their cells, (B, Hs, Ws, Ht, Wt)."""
         s, t = (x.feat.unflatten(1, x.grid) for x in (src, trg))
         corr = s.new_empty(len(s), *src.grid, *trg.grid)
-        for ys, xs in views_of(src.grid):
-            for yt, xt in views_of(trg.grid):
+        for ys, xs in VIEWS:
+            for yt, xt in VIEWS:
                 views = (
                     Features(cells[:, y, x].flatten(1, 2), image.token, image.saliency[:, y, x])
                     for cells, image, y, x in ((s, src, ys, xs), (t, trg, yt, xt))
