@@ -537,9 +537,7 @@ def main() -> None:
     parser.add_argument("--split", help="trn, val or test (default; labels: val); shapes: train, val, test")
     parser.add_argument("--download", action="store_true", help="fetch the data set into --datapath if it is not there")
     parser.add_argument("--checkpoint", help="checkpoint written by train.py or finetune.py")
-    parser.add_argument(
-        "--stage", nargs="+", choices=("image", "region", "pixel"), help="default: the last one trained"
-    )
+    parser.add_argument("--stage", nargs="+", choices=STAGES, help="default: the last one trained")
     parser.add_argument("--dense", action="store_true", help="read images at half the patch's stride: four views each")
     parser.add_argument("--baseline", nargs="*", choices=BACKBONE_METHODS, help="score the frozen backbone")
     parser.add_argument("--backbone", help="without a checkpoint (default ibot_vitb16, on shapes random_vit8)")

@@ -446,6 +446,13 @@ def cosine_volume(feat_s: Tensor, feat_t: Tensor, grid_s: tuple[int, int], grid_
         return (s @ t.transpose(1, 2)).unflatten(2, grid_t).unflatten(1, grid_s)
 
 
+def _gaussian(side: int, deviation: float, like: Tensor) -> Tensor:
+    """Weights of a Gaussian over an odd side, sum 1, with the type and device of another tensor: (side,)."""
+    offset = torch.arange(side, device=like.device, dtype=like.dtype) - side // 2
+    gauss = torch.exp(-0.5 * (offset / deviation) ** 2)
+    return gauss / gauss.sum()
+
+
 def neighbourhood_consensus(corr: Tensor, side: int) -> Tensor:
     """A match is as good as its neighbours that move alike: C[i, j] = sum_d g(d) corr[i + d, j + d].
 
@@ -455,9 +462,7 @@ def neighbourhood_consensus(corr: Tensor, side: int) -> Tensor:
     """
     if side < 1 or side % 2 == 0:
         raise ValueError(f"--consensus {side}: the neighbourhood's side must be odd, or 0 for none")
-    offset = torch.arange(side, device=corr.device, dtype=corr.dtype) - side // 2
-    gauss = torch.exp(-0.5 * (6 * offset / side) ** 2)
-    gauss = gauss / gauss.sum()
+    gauss = _gaussian(side, side / 6, corr)
     for src_axis in (1, 2):  # y, then x; the target's axis is two further
         sides = corr.shape
         pad = [side // 2 if axis in (src_axis, src_axis + 2) else 0 for axis in (4, 3, 2, 1) for _ in (0, 1)]
@@ -712,9 +717,7 @@ def gaussian_smooth(x: Tensor, side: int) -> Tensor:
     if side < 1 or side % 2 == 0:
         raise ValueError(f"--hough-side {side}: the Gaussian's side must be odd and positive")
     h, w = x.shape[-2:]
-    offset = torch.arange(side, device=x.device, dtype=x.dtype) - side // 2
-    gauss = torch.exp(-0.5 * (offset / (side / 4.708)) ** 2)
-    gauss = gauss / gauss.sum()
+    gauss = _gaussian(side, side / 4.708, x)
     x = F.pad(x, [side // 2] * 4)
     x = sum(weight * x[..., k : k + h, :] for k, weight in enumerate(gauss))
     return sum(weight * x[..., k : k + w] for k, weight in enumerate(gauss))
