@@ -652,7 +652,7 @@ def fit(
         if not math.isfinite(norm + logged["loss"]):
             raise ValueError(
                 f"step {step}: loss {logged} with gradient norm {norm} is not finite;"
-                " the last checkpoint stands. Lower --lr, or set --clip"
+                " what was saved before stands. Lower --lr, or set --clip"
             )
         optimizer.step()
         optimizer.zero_grad()
@@ -753,10 +753,23 @@ def train(cfg: Config, resume: str | None = None, caches: tuple[dict, dict] | No
     return cascade
 
 
+def measured(run: Config) -> dict | None:
+    """The record of a run's PCK after its last step, if its folder holds one with these very options; else None."""
+    log, last = (Path(run.out) / name for name in ("metrics.jsonl", "last.pt"))
+    if not (log.exists() and last.exists()) or read_checkpoint(str(last))["config"] != dataclasses.asdict(run):
+        return None
+    try:
+        record = json.loads(log.read_text().splitlines()[-1])
+    except (IndexError, ValueError):  # a kill may leave the file empty or its last line cut short
+        return None
+    return record if "pck" in record and record["step"] == run.steps else None
+
+
 def ablate(cfg: Config) -> None:
     """Train every row of Tables 4 and 5 on the same pairs and crops, and print its PCK on --val beside the full one's.
 
-    A view passes the backbone once for all rows of its size. Every run has its own folder under cfg.out.
+    A view passes the backbone once for all rows of its size. Every run has its own folder under cfg.out; a row that an
+    earlier, stopped call has finished there is not trained again.
     """
     if keypoint_set(cfg, "test") is None:
         raise ValueError("--ablate measures every row on --val: name one")
@@ -768,11 +781,13 @@ def ablate(cfg: Config) -> None:
             continue
         run = dataclasses.replace(cfg, **changes, ablate=False, out=str(Path(cfg.out) / str(number)))
         run.size = round(cfg.size * changes.get("size", 1) / patch) * patch
-        print(f"---- {row}")
-        train(run, caches=caches.setdefault(run.size, ({}, {})))
-        lines = (Path(run.out) / "metrics.jsonl").read_text().splitlines()
-        found[row] = [record for line in lines if "pck" in (record := json.loads(line))][-1]
-        if found[row]["step"] < cfg.steps:  # Ctrl-C
+        found[row] = measured(run)
+        print(f"---- {row}{', finished before' * bool(found[row])}")
+        if not found[row]:
+            train(run, caches=caches.setdefault(run.size, ({}, {})))
+            found[row] = measured(run)
+        if not found[row]:  # Ctrl-C
+            print("the rows before it are kept: the same command goes on with this one")
             return
     print(f"PCK@{'/'.join(map(str, ALPHAS))} on {found['full']['on']}, per image, seed {cfg.seed}")
     for row, (changes, stage) in ABLATIONS.items():

@@ -194,6 +194,16 @@ def test_ablations_share_their_views_and_change_what_they_say(tmp_path, monkeypa
     assert len(table) == 11 and all(line.startswith(("full", "ours", "4 (", "5 (")) for line in table)
     for line, stage in ((table[0], "pixel"), (table[9], "region"), (table[10], "image")):
         assert line.split()[-3:] == [f"{v:.1f}" for v in pck[stage]]
+    # A second call trains what is missing (4), was cut off (5) or trained otherwise (6), and prints the same table.
+    (tmp_path / "all" / "4" / "last.pt").unlink()
+    (tmp_path / "all" / "5" / "metrics.jsonl").write_text((tmp_path / "all" / "5" / "metrics.jsonl").read_text()[:-9])
+    state = torch.load(tmp_path / "all" / "6" / "last.pt", weights_only=True)
+    torch.save(state | {"config": state["config"] | {"lr": 1.0}}, tmp_path / "all" / "6" / "last.pt")
+    seen.clear()
+    ablate(cfg)
+    assert seen == {96: 12}
+    again = capsys.readouterr().out
+    assert again.count("finished before") == 6 and again.split("PCK@")[-1].splitlines()[1:] == table
     train(*configured(tmp_path / "plain", "--steps", "2", "--size", "96", "--augment", "--consensus", "3"))
     assert_same_weights(tmp_path / "all" / "0", tmp_path / "plain", rtol=1e-3, atol=1e-5)
     with pytest.raises(ValueError, match="--ablate trains all three stages"):
