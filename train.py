@@ -776,6 +776,9 @@ def ablate(cfg: Config) -> None:
     if cfg.only or cfg.checkpoint or cfg.stages < 3 or processes()[1] > 1:
         raise ValueError("--ablate trains all three stages from the start, in one process")
     caches, found, patch = {}, {}, BACKBONES[cfg.backbone].patch
+    smallest = 2 * cfg.region_size * patch
+    if cfg.size < smallest:
+        raise ValueError(f"--ablate --size {cfg.size}: a row trains at half of it, and a region needs {smallest}")
     for number, (row, (changes, _)) in enumerate(ABLATIONS.items()):
         if row != "full" and not changes:
             continue

@@ -208,6 +208,8 @@ def test_ablations_share_their_views_and_change_what_they_say(tmp_path, monkeypa
     assert_same_weights(tmp_path / "all" / "0", tmp_path / "plain", rtol=1e-3, atol=1e-5)
     with pytest.raises(ValueError, match="--ablate trains all three stages"):
         ablate(configured(tmp_path, "--ablate", "--stages", "2")[0])
+    with pytest.raises(ValueError, match="--size 72: a row trains at half of it, and a region needs 80"):
+        ablate(configured(tmp_path, "--ablate", "--size", "72")[0])
 
 
 def test_backbone_runs_once_per_image_and_step(tmp_path, monkeypatch):
