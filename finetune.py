@@ -324,9 +324,7 @@ def run_phase(
 
     def measure(step: int) -> None:
         nonlocal best
-        matcher.eval()
         found, _ = journal.measure(step, matcher, val, ("cats",), measured)
-        matcher.train()
         if found["cats"][1] > best:
             best = found["cats"][1]
             save("best.pt", step)

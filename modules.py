@@ -603,14 +603,23 @@ class MVAM(nn.Module):
 
     ffn_ratio: hidden width of the feed-forward halves over that of the features; 0: gated attention alone.
     volume_window overrides the configured window (the region stage sees its whole 5^4 volume at once). consensus: side
-    of the neighbourhood that the volume is averaged over before its windows; 0: none.
+    of the neighbourhood that the volume is averaged over before its windows; 0: none. frozen_share: in eval mode, the
+    refined features are averaged with those that came in, which have this share (after WiSE-FT, Wortsman et al., 2022).
     """
 
     def __init__(
-        self, dim: int, cfg: MatchConfig, ffn_ratio: float, volume_window: int | None = None, consensus: int = 0
+        self,
+        dim: int,
+        cfg: MatchConfig,
+        ffn_ratio: float,
+        volume_window: int | None = None,
+        consensus: int = 0,
+        frozen_share: float = 0.0,
     ) -> None:
         super().__init__()
-        self.consensus = consensus
+        if not 0 <= frozen_share <= 1:
+            raise ValueError(f"--frozen-share {frozen_share}: a share between 0 and 1")
+        self.consensus, self.frozen_share = consensus, frozen_share
         self.gated = nn.ModuleList(GatedCrossAttention(dim, cfg.heads, cfg.residual) for _ in range(cfg.layers))
         self.ffn = nn.ModuleList(LocalFeedForward(dim, int(dim * ffn_ratio)) for _ in range(cfg.layers) if ffn_ratio)
         self.aggregation = None
@@ -627,7 +636,10 @@ class MVAM(nn.Module):
             s, t = block(s, t)
             if self.ffn:
                 s, t = self.ffn[k](s, src.grid), self.ffn[k](t, trg.grid)
-        corr = cosine_volume(s[:, 1:], t[:, 1:], src.grid, trg.grid)  # Phi
+        s, t = s[:, 1:], t[:, 1:]
+        if self.frozen_share and not self.training:
+            s, t = torch.lerp(s, src.feat.to(s), self.frozen_share), torch.lerp(t, trg.feat.to(t), self.frozen_share)
+        corr = cosine_volume(s, t, src.grid, trg.grid)  # Phi
         if self.consensus:
             corr = neighbourhood_consensus(corr, self.consensus)
         return corr if self.aggregation is None else corr + self.aggregation(corr)  # rho

@@ -39,6 +39,7 @@ class PixelConfig(MatchConfig):
 
     temperature: float = 0.05  # of the softmax over similarities that the loss sees; MMNet: none (1)
     consensus: int = 0  # side of the neighbourhood, in cells, whose matches have to agree; 0: none; ours
+    frozen_share: float = 0.0  # of the frozen features in those that a trained stage matches with (WiSE-FT); ours
 
 
 def soft_target(points: Tensor, height: int, width: int) -> Tensor:
@@ -61,7 +62,7 @@ class PixelStage(nn.Module):
     def __init__(self, dim: int, cfg: PixelConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.mvam = MVAM(dim, cfg, cfg.ffn_ratio, consensus=cfg.consensus)
+        self.mvam = MVAM(dim, cfg, cfg.ffn_ratio, None, cfg.consensus, cfg.frozen_share)
 
     def forward(self, src: Features, trg: Features) -> Tensor:
         """The volume of B image pairs, (B, Hs, Ws, Ht, Wt)."""

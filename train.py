@@ -132,7 +132,8 @@ PRESETS = {
         loop_radius=1.5,
         hough=False,  # its votes and the consensus say the same: what it selects teaches nothing new
         consensus=5,
-        steps=150,
+        frozen_share=0.5,
+        steps=600,
         batch=6,
         lr=2e-4,
         out="runs/photos",
@@ -576,7 +577,10 @@ class Journal:
 
         cache: features of this set's images from one measurement to the next, of a frozen backbone.
         """
+        mode = matcher.training
+        matcher.eval()
         predictions = predict(matcher, keypoints, methods, quiet=True, cache=cache)
+        matcher.train(mode)
         found = {
             m: score(p, keypoints, rule=keypoints.rule)[keypoints.rule]["per_image"] for m, p in predictions.items()
         }

@@ -316,6 +316,22 @@ def test_neighbourhood_consensus_is_the_pixel_stages_alone():
     torch.testing.assert_close(without.volume(src, trg, "pixel"), plain)
 
 
+def test_frozen_share_averages_features_of_the_pixel_stage_in_eval_mode_alone():
+    torch.manual_seed(0)
+    cascade = Cascade(config(frozen_share=0.25, volume_depth=0))
+    src, trg, _ = one_batch(cascade)
+    for p in cascade.pixel.parameters():  # away from the identity it starts as
+        torch.nn.init.normal_(p, std=0.1)
+    mvam = cascade.pixel.mvam
+    s, t = mvam.gated[0](*(torch.cat([x.token[:, None], x.feat], 1) for x in (src, trg)))
+    s, t = mvam.ffn[0](s, src.grid)[:, 1:], mvam.ffn[0](t, trg.grid)[:, 1:]
+    torch.testing.assert_close(cascade.train().volume(src, trg), cosine_volume(s, t, src.grid, trg.grid))
+    s, t = 0.75 * s + 0.25 * src.feat, 0.75 * t + 0.25 * trg.feat
+    torch.testing.assert_close(cascade.eval().volume(src, trg), cosine_volume(s, t, src.grid, trg.grid))
+    with pytest.raises(ValueError, match="--frozen-share 1.5"):
+        Cascade(config(frozen_share=1.5))
+
+
 def test_saliency_modes():
     images = torch.randn(2, 3, 48, 56)
     assert (small_cascade(saliency="none").features(images).saliency == 1).all()
