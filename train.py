@@ -11,7 +11,6 @@ micro-batch each give the gradients of one process that accumulates w, and a res
 """
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import inspect
@@ -464,14 +463,17 @@ def fit_conditioning(cascade: Cascade, images: data.ImageSet, count: int = 256) 
 
     Unreadable ones are passed over. Nothing is random, so that every process finds the same.
     """
-    cells, size, patch = [], cascade.cfg.size, cascade.backbone.patch
+    cells, size, patch, reason = [], cascade.cfg.size, cascade.backbone.patch, ""
     device = next(cascade.parameters()).device
     for index in range(0, len(images), max(1, len(images) // count)):
-        with contextlib.suppress(ValueError):  # training meets the file again, and reports it
+        try:
             view, _ = data.prepare(images.load(index)[0], None, size, patch)
-            cells.append(cascade.backbone(view[None].to(device))[0][0])
+        except ValueError as error:  # training meets the file again, and reports it
+            reason = reason or str(error)
+            continue
+        cells.append(cascade.backbone(view[None].to(device))[0][0])
     if not cells:
-        raise ValueError("no training image can be read")
+        raise ValueError(f"no training image can be read; the first: {reason}")
     cascade.conditioning.fit(torch.cat(cells))
 
 

@@ -345,6 +345,9 @@ def test_class_folders_train_with_maps_crops_and_a_corrupt_file(tmp_path):
     assert "12 images of 3 classes" in out.stdout
     assert re.search(r"1 unreadable files passed over: cannot read image .*im_2\.jpg", out.stderr)
     assert len(losses(tmp_path / "run")) == 4
+    out = run("train.py", *SMALL, *flags, "--saliency", tmp_path, "--axes", "12", "--out", tmp_path / "no maps")
+    assert out.returncode != 0 and out.stderr.count("\n") == 1
+    assert re.search(r"no training image can be read; the first: no such image: .*dog.im_0_sal\.png", out.stderr)
 
 
 @pytest.fixture(scope="module")
