@@ -464,17 +464,17 @@ def fit_conditioning(cascade: Cascade, images: data.ImageSet, count: int = 256) 
 
     Unreadable ones are passed over. Nothing is random, so that every process finds the same.
     """
-    cells, size, patch, reason = [], cascade.cfg.size, cascade.backbone.patch, ""
+    cells, size, patch, skipped = [], cascade.cfg.size, cascade.backbone.patch, []
     device = next(cascade.parameters()).device
     for index in range(0, len(images), max(1, len(images) // count)):
         try:
             view, _ = data.prepare(images.load(index)[0], None, size, patch)
         except ValueError as error:  # training meets the file again, and reports it
-            reason = reason or str(error)
+            skipped.append(str(error))
             continue
         cells.append(cascade.backbone(view[None].to(device))[0][0])
     if not cells:
-        raise ValueError(f"no training image can be read; the first: {reason}")
+        raise ValueError(f"no training image can be read; the first: {skipped[0]}")
     cascade.conditioning.fit(torch.cat(cells))
 
 
