@@ -1,55 +1,42 @@
 """Stage 1, image-level matching (paper, section 3.2).
 
-Two images of one class -> MVAM -> volume, trained by the multiple-instance loss (Eq. 2) against pairs of two classes.
-Its volume, Hough-matched inside the foreground, proposes suspected pairs by Algorithm 1, and around every suspected
-pair a 5x5 window of features in either image, which is what the region stage sees.
+Two images of one class -> MVAM -> volume, trained by the multiple-instance loss (Eq. 2) against couples of
+two classes. Its volume, Hough-matched inside the foreground, proposes suspected pairs by Algorithm 1, and
+around every suspected pair a 5x5 window of features in either image, which is what the region stage sees.
 
     python image_stage.py                                   # trains this stage alone, on the built-in shapes
-    python image_stage.py --dataset folder --root DIR ...   # every flag of train.py
+    python image_stage.py --root DIR ...                    # every option of train.py
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from modules import (
-    MVAM,
-    Features,
-    MatchConfig,
-    Pairs,
-    Regions,
-    adaptive_pooling,
-    best_pairs,
-    cells_to_xy,
-    mil_loss,
-    negatives,
-    select_pairs,
-)
+from modules import MVAM, Features, Pairs, best_pairs, cells_to_xy, mil_loss_of, select_pairs
+
+REGION = 5  # cells a side of a window; paper: 5
 
 
-@dataclass
-class ImageConfig(MatchConfig):
-    """Settings of the image stage; the first three serve the region stage too."""
+class Regions(NamedTuple):
+    """The windows of r x r cells around K suspected pairs of each of B couples."""
 
-    ap: str = "softmax"  # AP of Eq. (2): "softmax" or "max"; the paper says adaptive pooling
-    ap_temperature: float = 0.05  # of AP's softmax; not given
-    mil_ffn: bool = True  # the feed-forward halves in the image and region stage too
-    candidates: int = 32  # suspected pairs an image pair whose windows go on to the region stage; not given
-    loop_radius: float = 0.0  # cells within which a suspected pair has to close its loop s -> t -> s; 0: none; ours
-    region_size: int = 5  # cells a side of a window; paper: 5
+    src: Features  # (B * K) windows: feat (B*K, r*r, C), token (B*K, C), saliency (B*K, r, r)
+    trg: Features
+    origin_s: Tensor  # (B, K, 2): (x, y) of a window's first cell in the source image's grid
+    origin_t: Tensor
+    valid: Tensor  # (B, K) bool: False for windows that only fill up the batch
 
 
-def crop_windows(image: Features, centre: Tensor, size: int) -> tuple[Features, Tensor]:
-    """size x size windows of cells around `centre`, shifted inward at the border so that every window is whole.
+def crop_windows(image: Features, centre: Tensor, size: int = REGION) -> tuple[Features, Tensor]:
+    """size x size windows of cells around `centre`, shifted inward at the border so that every window is
+    whole.
 
-    centre (B, K): flat cell indices. The window's global token T is the mean of its own cells (a region has no class
-    token of its own). Returns windows as Features of batch B*K and their first cells (B, K, 2) as (x, y).
-    Raises ValueError if the grid is smaller than a window.
+    centre (B, K): flat cell indices. The window's global token T is the mean of its own cells (a region has
+    no class token of its own). Returns windows as Features of batch B*K and their first cells (B, K, 2) as
+    (x, y).
     """
     h, w = image.grid
-    if min(h, w) < size:
-        raise ValueError(f"a grid of {w}x{h} cells is smaller than a region of {size}x{size}: raise --size")
     x0 = (centre % w - size // 2).clamp(0, w - size)
     y0 = (centre // w - size // 2).clamp(0, h - size)
     step = torch.arange(size, device=centre.device)
@@ -62,8 +49,8 @@ def crop_windows(image: Features, centre: Tensor, size: int) -> tuple[Features, 
 
 
 def closes_loop(corr: Tensor, pairs: Pairs, radius: float) -> Tensor:
-    """Which pairs the volume itself, without Hough matching, confirms both ways: the source's best match lies within
-    `radius` cells of the pair's target, and the target's within `radius` of its source.
+    """Ours: which pairs the volume itself, without Hough matching, confirms both ways: the source's best
+    match lies within `radius` cells of the pair's target, and the target's within `radius` of its source.
 
     corr (B, Hs, Ws, Ht, Wt); returns (B, K) bool.
     """
@@ -79,32 +66,26 @@ def closes_loop(corr: Tensor, pairs: Pairs, radius: float) -> Tensor:
 
 
 class ImageStage(nn.Module):
-    """MVAM over whole images, Eq. (2), suspected pairs and their windows."""
+    """MVAM over whole images, Eq. (2), suspected pairs and their windows. cfg: train.Config."""
 
-    def __init__(self, dim: int, cfg: ImageConfig) -> None:
+    def __init__(self, dim: int, cfg) -> None:
         super().__init__()
-        if cfg.ap not in ("softmax", "max"):
-            raise ValueError(f"--ap {cfg.ap!r}: softmax or max")
         self.cfg = cfg
-        self.mvam = MVAM(dim, cfg, cfg.ffn_ratio if cfg.mil_ffn else 0)
+        self.mvam = MVAM(dim, cfg.residual, cfg.ffn_ratio if cfg.mil_ffn else 0, cfg.volume_window)
 
     def forward(self, src: Features, trg: Features) -> Tensor:
-        """The volume of B image pairs, (B, Hs, Ws, Ht, Wt)."""
+        """The volume of B couples, (B, Hs, Ws, Ht, Wt)."""
         return self.mvam(src, trg)
 
     def loss(self, corr: Tensor, src: Features, trg: Features, labels: Tensor) -> Tensor:
-        """Eq. (2) over the batch: corr is the volume of the positives, the negatives are rolled here."""
-        cfg = self.cfg
-        rolled, negative = negatives(src, labels)
-        keep_s, keep_t, keep_r = (x.foreground(cfg.saliency_threshold) for x in (src, trg, rolled))
-        ap_pos = adaptive_pooling(corr, keep_s, keep_t, cfg.ap, cfg.ap_temperature)
-        ap_neg = adaptive_pooling(self(rolled, trg), keep_r, keep_t, cfg.ap, cfg.ap_temperature)
-        return mil_loss(ap_pos, ap_neg, torch.ones_like(negative), negative)
+        """Eq. (2) over the batch: corr is the volume of the positives; labels (B,): classes."""
+        every = torch.ones_like(labels, dtype=torch.bool)[:, None]
+        return mil_loss_of(self.mvam, corr, src, trg, labels, every, self.cfg)
 
     @torch.no_grad()
     def select(self, corr: Tensor, src: Features, trg: Features) -> Pairs:
-        """Suspected pairs: Hough matching and Algorithm 1 inside the foreground; of those that close their loop, the
-        best `candidates`."""
+        """Suspected pairs: Hough matching and Algorithm 1 inside the foreground; of those that close their
+        loop, the best `candidates`."""
         pairs = select_pairs(corr, src, trg, self.cfg)
         kept = pairs.valid
         if self.cfg.loop_radius:
@@ -114,8 +95,8 @@ class ImageStage(nn.Module):
     @torch.no_grad()
     def regions(self, pairs: Pairs, src: Features, trg: Features) -> Regions:
         """The 5x5 feature windows around every suspected pair."""
-        src_windows, origin_s = crop_windows(src, pairs.src, self.cfg.region_size)
-        trg_windows, origin_t = crop_windows(trg, pairs.trg, self.cfg.region_size)
+        src_windows, origin_s = crop_windows(src, pairs.src)
+        trg_windows, origin_t = crop_windows(trg, pairs.trg)
         return Regions(src_windows, trg_windows, origin_s, origin_t, pairs.valid)
 
 

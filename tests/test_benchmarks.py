@@ -9,6 +9,7 @@ import os
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,20 +18,23 @@ from PIL import Image, ImageOps
 
 import data
 import evaluate
+from support import benchmarks
+from support.benchmarks import csv_pairs, label_pairs, pfpascal_pairs, pfwillow, spair_pairs
+from support.label_tree import write_label_tree
 
 PASCAL = (
-    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep"
-    " sofa train tvmonitor"
+    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person"
+    " pottedplant sheep sofa train tvmonitor"
 ).split()
 SPAIR = [name for name in PASCAL if name not in ("diningtable", "sofa")]
 # The published annotation of SPair-71k's first test pair.
 RECORD = json.loads("""
 {"pair_id": 1, "filename": "000001-2008_002719-2008_004100:aeroplane", "src_imname": "2008_002719.jpg",
  "trg_imname": "2008_004100.jpg", "src_imsize": [500, 333, 3], "trg_imsize": [500, 332, 3],
- "src_bndbox": [210, 34, 475, 250], "trg_bndbox": [36, 92, 500, 200], "category": "aeroplane", "src_pose": "Left",
- "trg_pose": "Left", "src_kps": [[212, 153], [300, 130], [330, 127]], "trg_kps": [[39, 145], [364, 171], [416, 173]],
- "kps_ids": ["0", "7", "11"], "mirror": 0, "viewpoint_variation": 0, "scale_variation": 0, "truncation": 2,
- "occlusion": 2}""")
+ "src_bndbox": [210, 34, 475, 250], "trg_bndbox": [36, 92, 500, 200], "category": "aeroplane",
+ "src_pose": "Left", "trg_pose": "Left", "src_kps": [[212, 153], [300, 130], [330, 127]],
+ "trg_kps": [[39, 145], [364, 171], [416, 173]], "kps_ids": ["0", "7", "11"], "mirror": 0,
+ "viewpoint_variation": 0, "scale_variation": 0, "truncation": 2, "occlusion": 2}""")
 
 
 def need_scipy() -> None:
@@ -76,10 +80,11 @@ def test_spair_reads_its_published_record_whatever_stands_for_the_colon(tmp_path
     (path,) = (root / "PairAnnotation/test").iterdir()
     path.rename(path.with_name(f"000001-2008_002719-2008_004100{separator}aeroplane.json"))
     save_image(root / "JPEGImages/aeroplane/2008_004100.jpg", (500, 332))
-    (pair,) = (keypoints := data.spair_pairs(str(root), "test")).pairs
+    (pair,) = (keypoints := spair_pairs(str(root), "test")).pairs
     assert keypoints.name == "SPair-71k test" and keypoints.rule == "bbox" and pair.category == "aeroplane"
     assert files(keypoints, root) == [[f"JPEGImages/aeroplane/2008_00{n}.jpg" for n in (2719, 4100)]]
-    assert pair.src_kps.tolist() == [[212, 153], [300, 130], [330, 127]] and pair.src_kps.dtype == torch.float32
+    assert pair.src_kps.tolist() == [[212, 153], [300, 130], [330, 127]]
+    assert pair.src_kps.dtype == torch.float32
     assert pair.trg_kps.tolist() == [[39, 145], [364, 171], [416, 173]]
     assert pair.src_box == (210, 34, 475, 250) and pair.trg_box == (36, 92, 500, 200)
     assert pair.extent == 464 and keypoints.size(pair.trg) == (500, 332)  # the target's box is 464 x 108
@@ -87,24 +92,26 @@ def test_spair_reads_its_published_record_whatever_stands_for_the_colon(tmp_path
 
 
 def test_spair_has_every_pair_and_class_and_each_image_once(tmp_path):
-    """Eighteen categories of three images: all ordered pairs for test, the first of each in the small layout."""
+    """Eighteen categories of three images: all ordered pairs for test, the first of each in the small one."""
     records, ends = [], list(itertools.permutations(("2007_1", "2008_2", "9"), 2))
     for n, (category, (src, trg)) in enumerate(itertools.product(SPAIR, ends)):
-        changed = {"src_imname": f"{src}.jpg", "trg_imname": f"{trg}.jpg", "truncation": n % 4, "category": category}
+        changed = {"src_imname": f"{src}.jpg", "trg_imname": f"{trg}.jpg"}
+        changed |= {"truncation": n % 4, "category": category}
         kps = {"src_kps": [[n, 7], [5, 20]], "trg_kps": [[60, n], [1, 2]]}
         records.append(RECORD | changed | kps | {"filename": f"{3 * n:06d}-{src}-{trg}:{category}"})
-    lists = {"large/test": records, "small/test": records[::6], "large/trn": records[:4], "small/val": records[5:7]}
+    lists = {"large/test": records, "small/test": records[::6]}
+    lists |= {"large/trn": records[:4], "small/val": records[5:7]}
     spair = spair_tree(tmp_path / "SPair-71k", lists)
-    keypoints = data.spair_pairs(str(tmp_path), "test")
+    keypoints = spair_pairs(str(tmp_path), "test")
     assert len(keypoints) == 18 * 6 and len(keypoints.images) == 18 * 3 and keypoints.images.classes == SPAIR
     assert Counter(p.category for p in keypoints.pairs) == dict.fromkeys(SPAIR, 6)
     for n, (pair, found) in enumerate(zip(keypoints.pairs, files(keypoints, spair))):
         assert found == [f"JPEGImages/{SPAIR[n // 6]}/{name}.jpg" for name in ends[n % 6]]
         assert pair.src_kps.tolist() == [[n, 7], [5, 20]] and pair.trg_kps.tolist() == [[60, n], [1, 2]]
         assert pair.codes["truncation"] == n % 4
-    small = data.spair_pairs(str(spair), "test", "small")
+    small = spair_pairs(str(spair), "test", "small")
     assert [p.src_kps[0, 0] for p in small.pairs] == [6 * k for k in range(18)] and "small" in small.name
-    assert len(data.spair_pairs(str(spair), "trn")) == 4 and len(data.spair_pairs(str(spair), "val", "small")) == 2
+    assert len(spair_pairs(str(spair), "trn")) == 4 and len(spair_pairs(str(spair), "val", "small")) == 2
 
 
 def test_spair_names_a_broken_record_a_missing_one_and_a_bad_line(tmp_path):
@@ -112,15 +119,16 @@ def test_spair_names_a_broken_record_a_missing_one_and_a_bad_line(tmp_path):
     (path,) = (root / "PairAnnotation/test").iterdir()
     changes = [{"trg_kps": [[39, 145]]}, {"src_kps": [], "trg_kps": []}, {"src_kps": [None, [3, 1], [2, 2]]}]
     broken = [RECORD | change for change in [*changes, {"trg_bndbox": [36, 92]}, {"truncation": None}]]
-    broken += [{k: v for k, v in RECORD.items() if k != key} for key in ("occlusion", "src_kps", "trg_bndbox")]
+    for key in ("occlusion", "src_kps", "trg_bndbox"):
+        broken.append({k: v for k, v in RECORD.items() if k != key})
     for text in (*map(json.dumps, broken), '{"pair_id": 1,', "[1]"):
         path.write_text(text)
-        fails("000001-2008_002719-2008_004100:aeroplane.json: ", data.spair_pairs, root, "test")
+        fails("000001-2008_002719-2008_004100:aeroplane.json: ", spair_pairs, root, "test")
     path.unlink()
-    fails(f"test.txt line 1: neither {path.name} nor .*4100-aeroplane.json", data.spair_pairs, root, "test")
+    fails(f"test.txt line 1: neither {path.name} nor .*4100-aeroplane.json", spair_pairs, root, "test")
     for text, says in (("000001-a:cow\n", " line 1: '000001-a:cow'"), ("", ": no pairs")):
         (root / "Layout/large/test.txt").write_text(text)
-        fails(f"test.txt{says}", data.spair_pairs, root, "test")
+        fails(f"test.txt{says}", spair_pairs, root, "test")
 
 
 def test_a_label_set_that_was_written_here_reads_back(tmp_path):
@@ -129,15 +137,18 @@ def test_a_label_set_that_was_written_here_reads_back(tmp_path):
         save_image(path, size)
     images, kps = data.ImageSet(paths, [0, 0], ["sea lion"]), {"src_kps": [[3.25, 4]], "trg_kps": [[12.5, 7]]}
     sides = {"0": {"size": [40, 30], "box": [1, 2, 38, 29]}, "1": {"size": [24, 50], "box": [2, 3, 20, 47]}}
-    record = {"split": "val", "images": sides, "pairs": [{"kept": True, "src": 0, "trg": 1, "errors": [0.01]} | kps]}
-    data.write_label_tree(tmp_path, images, [record], "copy")
+    pair = {"kept": True, "src": 0, "trg": 1, "errors": [0.01]} | kps
+    record = {"split": "val", "images": sides, "pairs": [pair]}
+    write_label_tree(tmp_path, images, [record], "copy")
     (path,) = (tmp_path / "SC-ImageNet/PairAnnotation/val").iterdir()
     path.write_text(path.read_text().replace("imname", "unread"))
     for root in (tmp_path, tmp_path / "SC-IMAGENET", tmp_path / "SC-ImageNet"):
-        (pair,) = (keypoints := data.label_pairs(str(root), "val")).pairs
-        assert {"src_kps": pair.src_kps.tolist(), "trg_kps": pair.trg_kps.tolist()} == kps and keypoints.rule == "bbox"
+        (pair,) = (keypoints := label_pairs(str(root), "val")).pairs
+        assert {"src_kps": pair.src_kps.tolist(), "trg_kps": pair.trg_kps.tolist()} == kps
+        assert keypoints.rule == "bbox"
         assert (pair.category, pair.src_box, pair.trg_box) == ("sea_lion", (1, 2, 38, 29), (2, 3, 20, 47))
-        assert [keypoints.load(i)[0].tobytes() for i in pair[:2]] == [images.load(i)[0].tobytes() for i in (0, 1)]
+        for i, index in enumerate(pair[:2]):
+            assert keypoints.load(index)[0].tobytes() == images.load(i)[0].tobytes()
         assert keypoints.images.paths[0].parts[-3:] == ("JPEGImages", "sea_lion", "sea_lion_a_1.JPEG")
 
 
@@ -147,24 +158,28 @@ def test_a_label_set_that_was_written_here_reads_back(tmp_path):
 def pascal_image(label: int, k: int) -> tuple[str, tuple[int, int], list[list[float]], list[float]]:
     """Image k of a class: stem, size, six points of which it lacks the k-th, box."""
     points = [[3.5 + 7 * r + label, 40 - 5.25 * r + k] if r != k else [math.nan] * 2 for r in range(6)]
-    return f"20{label:02d}_{k}", (70 + 3 * label + k, 44 + 2 * label + 5 * k), points, [2 + k, 3.5, 55 + label, 40 + k]
+    size, box = (70 + 3 * label + k, 44 + 2 * label + 5 * k), [2 + k, 3.5, 55 + label, 40 + k]
+    return f"20{label:02d}_{k}", size, points, box
 
 
 def pascal_tree(root: Path, ncnet: bool = False, mats: bool = True, points: bool = True) -> Path:
-    """Twenty classes of three images: trn 0 -> 1 as it is and flipped, val 1 -> 2, test 2 -> 0 with two points."""
+    """Twenty classes of 3 images: trn 0 -> 1 straight and flipped, val 1 -> 2, test 2 -> 0 (2 points)."""
     lists = {"trn": ["source_image,target_image,class,flip"], "test": ["source_image,target_image,class"]}
     lists |= {"val": lists["trn"][:]}
     for label, name in enumerate(PASCAL, 1):
-        paths = ["PF-dataset-PASCAL/JPEGImages/" * ncnet + f"{pascal_image(label, k)[0]}.jpg" for k in range(3)]
+        prefix = "PF-dataset-PASCAL/JPEGImages/" * ncnet
+        paths = [f"{prefix}{pascal_image(label, k)[0]}.jpg" for k in range(3)]
         for k in range(3):
             stem, size, kps, box = pascal_image(label, k)
             save_image(root / "JPEGImages" / f"{stem}.jpg", size)
             if mats:
                 (root / "Annotations" / name).mkdir(parents=True, exist_ok=True)
-                sys.modules["scipy.io"].savemat(root / f"Annotations/{name}/{stem}.mat", {"kps": kps, "bbox": [box]})
+                mat = root / f"Annotations/{name}/{stem}.mat"
+                sys.modules["scipy.io"].savemat(mat, {"kps": kps, "bbox": [box]})
         lists["trn"] += [f"{paths[0]},{paths[1]},{label},{flip}" for flip in (0, 1)]
         lists["val"] += [f"{paths[1]},{paths[2]},{label},0"]
-        lists["test"] += [f"{paths[2]},{paths[0]},{label}" + f",5.5;{label},7;8.25,{label + 1};2,3;4" * points]
+        texts = f",5.5;{label},7;8.25,{label + 1};2,3;4" * points
+        lists["test"] += [f"{paths[2]},{paths[0]},{label}{texts}"]
     lists["test"][0] += ",XA,YA,XB,YB" * points
     for split, lines in lists.items():
         name = f"{split.replace('trn', 'train')}_pairs_pf_pascal.csv" if ncnet else f"{split}_pairs.csv"
@@ -177,7 +192,7 @@ def test_pfpascal_reads_points_and_boxes_and_mirrors_flipped_rows(tmp_path, fold
     need_scipy()
     root = pascal_tree(tmp_path / folder, ncnet)
     for split, ends, flips in (("trn", (0, 1), (0, 1)), ("val", (1, 2), (0,))):
-        keypoints = data.pfpascal_pairs(str(tmp_path), split)
+        keypoints = pfpascal_pairs(str(tmp_path), split)
         assert keypoints.rule == "img" and keypoints.name == f"PF-PASCAL {split}"
         assert len(keypoints.images) == 40 * len(flips)
         assert [p.category for p in keypoints.pairs] == [name for name in PASCAL for _ in flips]
@@ -191,41 +206,43 @@ def test_pfpascal_reads_points_and_boxes_and_mirrors_flipped_rows(tmp_path, fold
                 kept = [points[r] for r in range(6) if r not in ends]
                 assert kps.tolist() == [[width - x if flip else x, y] for x, y in kept]
                 assert box == ((width - x1, y0, width - x0, y1) if flip else (x0, y0, x1, y1))
-    assert len(data.pfpascal_train(str(tmp_path)).pairs) == 20  # weak pairs: without the flipped
+    assert len(benchmarks.pfpascal_train(str(tmp_path)).pairs) == 20  # weak pairs: without the flipped
 
 
 @pytest.mark.parametrize("ncnet", [False, True])
 def test_pfpascal_takes_test_points_from_its_list_with_nothing_but_images(tmp_path, ncnet, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.io", None)
-    keypoints = data.pfpascal_pairs(str(pascal_tree(tmp_path, ncnet, mats=False)), "test")
+    keypoints = pfpascal_pairs(str(pascal_tree(tmp_path, ncnet, mats=False)), "test")
     assert [p.category for p in keypoints.pairs] == PASCAL and len(keypoints.images) == 40
     for label, pair in enumerate(keypoints.pairs, 1):
-        assert pair.src_kps.tolist() == [[5.5, 7], [label, 8.25]] and pair.trg_kps.tolist() == [[label + 1, 3], [2, 4]]
+        assert pair.src_kps.tolist() == [[5.5, 7], [label, 8.25]]
+        assert pair.trg_kps.tolist() == [[label + 1, 3], [2, 4]]
         assert [pair.src_box, pair.trg_box] == [(0, 0, *pascal_image(label, k)[1]) for k in (2, 0)]
 
 
 def test_pfpascal_takes_from_its_mat_files_what_a_test_list_lacks(tmp_path, monkeypatch, capsys):
     need_scipy()
     listed, bare = (pascal_tree(tmp_path / name, points=name == "listed") for name in ("listed", "bare"))
-    pair = data.pfpascal_pairs(str(listed), "test").pairs[4]
+    pair = pfpascal_pairs(str(listed), "test").pairs[4]
     assert pair.src_kps.tolist() == [[5.5, 7], [5, 8.25]] and pair.trg_box == tuple(pascal_image(5, 0)[3])
-    pair = data.pfpascal_pairs(str(bare), "test").pairs[4]
-    assert pair.src_kps.tolist() == [pascal_image(5, 2)[2][r] for r in (1, 3, 4, 5)] and capsys.readouterr().err == ""
+    pair = pfpascal_pairs(str(bare), "test").pairs[4]
+    assert pair.src_kps.tolist() == [pascal_image(5, 2)[2][r] for r in (1, 3, 4, 5)]
+    assert capsys.readouterr().err == ""
     path = bare / "Annotations/bottle/2005_2.mat"
     path.write_bytes(b"no matrix")
-    fails("2005_2.mat", data.pfpascal_pairs, bare, "test")
+    fails("2005_2.mat", pfpascal_pairs, bare, "test")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "scipy.io", None)
-    assert data.pfpascal_pairs(str(listed), "test").pairs[4].trg_box == (0, 0, *pascal_image(5, 0)[1])
+    assert pfpascal_pairs(str(listed), "test").pairs[4].trg_box == (0, 0, *pascal_image(5, 0)[1])
     assert "pip install scipy" in capsys.readouterr().err
-    fails("2001_0.mat.*pip install scipy", data.pfpascal_pairs, listed, "trn")
+    fails("2001_0.mat.*pip install scipy", pfpascal_pairs, listed, "trn")
 
 
 def test_pfpascal_names_file_and_line_of_a_broken_row(tmp_path):
     save_image(tmp_path / "JPEGImages/a.jpg", (40, 30))
     for row in ("a.jpg,a.jpg,1,1;2,3;4,5;6,7", "a.jpg,a.jpg,1,,,,", "a.jpg,a.jpg,21,1,2,3,4", "a.jpg"):
         (tmp_path / "test_pairs.csv").write_text(f"source_image,target_image,class,XA,YA,XB,YB\n\n{row}\n")
-        fails("test_pairs.csv line 3: ", data.pfpascal_pairs, tmp_path, "test")
+        fails("test_pairs.csv line 3: ", pfpascal_pairs, tmp_path, "test")
 
 
 # PF-WILLOW
@@ -240,28 +257,30 @@ def assert_same_pairs(a: data.KeypointSet, b: data.KeypointSet) -> None:
     assert sides[0] == sides[1] and len(a) == 900 and len(a.images) == len(b.images) == 100
     for p, q in zip(a.pairs, b.pairs):
         torch.testing.assert_close((p.src_kps, p.trg_kps), (q.src_kps, q.trg_kps), atol=1e-4, rtol=0)
-        assert p.category == q.category and p.src_box + p.trg_box == pytest.approx(q.src_box + q.trg_box, abs=1e-4)
+        assert p.category == q.category
+        assert p.src_box + p.trg_box == pytest.approx(q.src_box + q.trg_box, abs=1e-4)
 
 
 @pytest.mark.parametrize("inside", ["PF-WILLOW", "PF-dataset", "."])
 def test_pfwillow_without_a_list_is_rebuilt_from_its_mat_files(tmp_path, inside):
     need_scipy()
-    rows, other, folders = ["header"], tmp_path / "listed", data.WILLOW_FOLDERS
+    rows, other, folders = ["header"], tmp_path / "listed", benchmarks.WILLOW_FOLDERS
     for number, name in enumerate(folders):
         points = [np.array([CAR_X, CAR_Y]) + 3.5 * number + [[k], [2 * k]] for k in range(10)]
         (tmp_path / inside / name).mkdir(parents=True)
         for k in range(10):
-            sys.modules["scipy.io"].savemat(tmp_path / inside / name / f"Image_{k}a.mat", {"pts_coord": points[k]})
+            mat = tmp_path / inside / name / f"Image_{k}a.mat"
+            sys.modules["scipy.io"].savemat(mat, {"pts_coord": points[k]})
         for pair in itertools.permutations(range(10), 2):
             cells = [str(v) for k in pair for v in points[k].ravel()]
             rows.append(",".join([*(f"PF-dataset/{name}/Image_{k}a.png" for k in pair), *cells]))
     other.mkdir()
     (other / "test_pairs_pf.csv").write_text("\n".join(rows))
-    rebuilt = data.pfwillow(str(tmp_path))
-    assert_same_pairs(rebuilt, data.pfwillow(str(other)))
+    rebuilt = pfwillow(str(tmp_path))
+    assert_same_pairs(rebuilt, pfwillow(str(other)))
     assert rebuilt.pairs[0].src_kps[7].tolist() == pytest.approx([220.82, 108.50], abs=1e-4)
     (tmp_path / inside / "duck(S)/Image_4a.mat").unlink()
-    fails(r"duck\(S\): 9 .mat files", data.pfwillow, tmp_path)
+    fails(r"duck\(S\): 9 .mat files", pfwillow, tmp_path)
 
 
 def test_real_pfwillow_rebuilt_from_its_mat_files_equals_its_list(tmp_path):
@@ -269,26 +288,116 @@ def test_real_pfwillow_rebuilt_from_its_mat_files_equals_its_list(tmp_path):
     if not os.environ.get("COCR_DATA"):
         pytest.skip("set COCR_DATA to a folder with PF-WILLOW to run this")
     real = Path(os.environ["COCR_DATA"], "PF-WILLOW").resolve()
-    for folder in data.WILLOW_FOLDERS:
+    for folder in benchmarks.WILLOW_FOLDERS:
         (tmp_path / folder).symlink_to(real / folder)
-    assert_same_pairs(data.pfwillow(str(tmp_path)), data.pfwillow(str(real)))
+    assert_same_pairs(pfwillow(str(tmp_path)), pfwillow(str(real)))
 
 
 @pytest.mark.parametrize(
     ("load", "words"),
     [
-        (lambda r: data.spair_pairs(r, "val", "small"), "Layout/small/val.txt cvlab.postech.ac.kr/research/SPair-71k"),
         (
-            lambda r: data.pfpascal_pairs(r, "trn"),
-            "train_pairs_pf_pascal.csv www.di.ens.fr/willow/research/proposalflow",
+            lambda r: spair_pairs(r, "val", "small"),
+            "Layout/small/val.txt cvlab.postech.ac.kr/research/SPair-71k --dataset spair",
         ),
-        (data.pfwillow, "test_pairs_pf.csv <folder>/<image>.png www.di.ens.fr/willow/research/proposalflow"),
-        (lambda r: data.label_pairs(r, "val"), "Layout/large/val.txt <category>_<id>.JPEG label.py"),
+        (
+            lambda r: pfpascal_pairs(r, "trn"),
+            "train_pairs_pf_pascal.csv www.di.ens.fr/willow/research/proposalflow --dataset pfpascal",
+        ),
+        (pfwillow, "test_pairs_pf.csv <folder>/<image>.png www.di.ens.fr/willow/research/proposalflow"),
+        (lambda r: label_pairs(r, "val"), "Layout/large/val.txt <category>_<id>.JPEG label.py"),
     ],
 )
 def test_a_missing_benchmark_says_what_was_expected_and_where_to_get_it(tmp_path, load, words):
     for root in (tmp_path, tmp_path / "gone"):
         assert all(word in fails(f"folder {root}: expected", load, root) for word in words.split())
+
+
+# Where the benchmarks lie
+
+
+@pytest.fixture
+def empty(tmp_path, monkeypatch) -> Path:
+    """A current folder without data, and no $COCR_DATA."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.delenv("COCR_DATA", raising=False)
+    return tmp_path
+
+
+def test_data_are_found_here_then_in_datasets_then_in_the_folder_of_the_environment(empty, monkeypatch):
+    places = [empty / "elsewhere", Path("datasets"), Path(".")]
+    monkeypatch.setenv("COCR_DATA", str(places[0]))
+    for number, place in enumerate(places):  # the later ones come first
+        spair_tree(place / "SPair-71k", {"large/trn": [RECORD] * (number + 1), "small/test": [RECORD]})
+        assert [len(spair_pairs(root, "trn")) for root in (None, "")] == [number + 1] * 2
+        cfg = SimpleNamespace(dataset="spair", root=None, saliency="auto")
+        assert len(benchmarks.training_set(cfg).pairs) == number + 1
+        assert len(benchmarks.DATASETS["spair-small"](None, "test")) == 1
+    assert len(spair_pairs(str(places[0]), "trn")) == 1  # what is given is where it is looked for
+    assert len(spair_pairs("datasets/SPair-71k", "trn")) == 2
+    fails("not found", lambda: spair_pairs(None, "val"))
+
+
+def test_a_list_is_looked_for_in_every_place_before_it_is_missing(empty, monkeypatch):
+    monkeypatch.setenv("COCR_DATA", str(empty))
+    (empty / "work/PF-PASCAL/JPEGImages").mkdir(parents=True)
+    (empty / "PF-dataset-PASCAL").mkdir()
+    (empty / "PF-dataset-PASCAL/train_pairs_pf_pascal.csv").write_text("a,b,class,flip\na.jpg,b.jpg,1,0\n")
+    assert len(benchmarks.pfpascal_train(None).pairs) == 1
+    (empty / "work/test_pairs.csv").write_text("another benchmark's\n")  # in no folder of its name
+    fails("PF-WILLOW not found", lambda: pfwillow(None))
+
+
+@pytest.mark.parametrize("variable", [None, "", "nowhere"])
+def test_a_missing_set_names_its_layout_and_the_one_command_that_fetches_it(empty, monkeypatch, variable):
+    if variable is not None:
+        monkeypatch.setenv("COCR_DATA", variable)
+    text = fails("^SPair-71k not found: expected Layout/large/test.txt", lambda: spair_pairs(None, "test"))
+    assert "SPair-71k in the current folder, in datasets/ or in $COCR_DATA" in text
+    assert "PairAnnotation/<split>/<pair>.json" in text
+    assert text.endswith("; to fetch it: python evaluate.py --dataset spair --download")
+    text = fails("^PF-WILLOW folder my data", pfwillow, "my data")
+    assert text.endswith("python evaluate.py --dataset pfwillow --download --datapath 'my data'")
+    assert "--download" not in fails("label.py", lambda: label_pairs(None, "val"))
+    (empty / "work/datasets/SPair-71k").mkdir(parents=True)  # a download would leave it as it is
+    assert "--download" not in fails("^SPair-71k not found", lambda: spair_pairs(None, "test"))
+
+
+# What the options name
+
+
+def test_training_set_builds_what_the_options_name(tmp_path):
+    for name in ("cow/1", "cow/2", "maps/cow/1_sal", "maps/cow/2_sal"):
+        save_image(tmp_path / f"{name}.png", (20, 16))
+    Image.fromarray(np.array([[51, 102]], np.uint8)).save(tmp_path / "maps/cow/1_sal.png")
+
+    def first_map(**changed):
+        given = {"dataset": "folder", "root": str(tmp_path), "saliency": "none"} | changed
+        saliency = benchmarks.training_set(SimpleNamespace(**given)).load(0)[1]
+        return saliency and np.asarray(saliency).ravel().tolist()
+
+    maps = str(tmp_path / "maps")
+    assert [first_map(saliency=name) for name in ("none", "auto", "attention")] == [None] * 3
+    assert first_map(saliency=maps) == first_map(saliency=maps, saliency_rescale=True) == [0, 1]
+    assert first_map(saliency=maps, saliency_rescale=False) == pytest.approx([0.2, 0.4])
+    assert set(first_map(dataset="shapes", saliency="auto")) == {0, 1}
+    assert first_map(dataset="shapes") is None
+    with pytest.raises(ValueError, match="--dataset caltech: shapes, folder, spair, pfpascal"):
+        first_map(dataset="caltech")
+
+
+def test_keypoint_set_is_what_val_names(tmp_path):
+    def named(val: str, dataset: str = "folder"):
+        cfg = SimpleNamespace(val=val, dataset=dataset, val_root=str(tmp_path))
+        return benchmarks.keypoint_set(cfg, "val")
+
+    spair_tree(tmp_path, {"large/val": [RECORD]})
+    assert named("auto") is named("none") is named("none", "shapes") is None
+    assert named("auto", "shapes").name == named("shapes").name == "shapes val"
+    assert named("spair").name == "SPair-71k val"
+    with pytest.raises(ValueError, match="--val caltech: shapes, pfwillow, .*, none"):
+        named("caltech")
 
 
 # Lists of one's own, and the command line
@@ -304,7 +413,7 @@ def test_csv_pairs_reads_paths_points_and_classes(tmp_path):
     tag[0x0112] = 6  # lies on its side
     Image.new("RGB", (30, 50)).save(tmp_path / "b.jpg", exif=tag)
     rows = ["cat,in/a.png,b.jpg,1;2.5,3;4,5;6,7;-8", "", f",b.jpg,{tmp_path}/in/a.png,9,8,7,6"]
-    keypoints = data.csv_pairs(write_pairs(tmp_path, *rows))
+    keypoints = csv_pairs(write_pairs(tmp_path, *rows))
     first, second = keypoints.pairs
     assert keypoints.images.paths == [tmp_path / "in/a.png", tmp_path / "b.jpg"] and keypoints.rule == "bbox"
     assert first[:2] == (0, 1) and second[:2] == (1, 0) and keypoints.size(1) == (50, 30)
@@ -315,12 +424,12 @@ def test_csv_pairs_reads_paths_points_and_classes(tmp_path):
 
 def test_csv_pairs_names_the_file_and_the_line_of_what_is_wrong(tmp_path):
     for row in ("1;2,3;4,5;6,7", ",,,", "1,2,3,four", "1,nan,3,4", "1,2,3"):
-        fails("pairs.csv line 3: ", data.csv_pairs, write_pairs(tmp_path, "x,a,b,1,2,3,4", f"x,a,b,{row}"))
-    fails("pairs.csv line 2: ", data.csv_pairs, write_pairs(tmp_path, "x,,b,1,2,3,4"))
+        fails("pairs.csv line 3: ", csv_pairs, write_pairs(tmp_path, "x,a,b,1,2,3,4", f"x,a,b,{row}"))
+    fails("pairs.csv line 2: ", csv_pairs, write_pairs(tmp_path, "x,,b,1,2,3,4"))
     short = write_pairs(tmp_path, "a,1,2,3", header="source,XA,YA,XB")
-    fails("pairs.csv: no column target, YB; expected source,target,XA", data.csv_pairs, short)
-    fails("pairs.csv: no pairs", data.csv_pairs, write_pairs(tmp_path))
-    fails("gone.csv", data.csv_pairs, tmp_path / "gone.csv")
+    fails("pairs.csv: no column target, YB; expected source,target,XA", csv_pairs, short)
+    fails("pairs.csv: no pairs", csv_pairs, write_pairs(tmp_path))
+    fails("gone.csv", csv_pairs, tmp_path / "gone.csv")
 
 
 def test_evaluate_scores_pairs_of_ones_own_and_the_split_that_is_asked_for(tmp_path, monkeypatch):
@@ -339,8 +448,8 @@ def test_evaluate_scores_pairs_of_ones_own_and_the_split_that_is_asked_for(tmp_p
     assert report["dataset"] == "pairs.csv" and report["pairs"] == 2
     assert report["scores"]["target"]["nn"]["bbox"]["per_class"] == {"x": [100] * 3, "y": [0] * 3}
     for name in ("spair", "labels", "pfpascal"):
-        fake = functools.partial(lambda *args: loaded.append(args) or data.csv_pairs(pairs), name)
-        monkeypatch.setitem(evaluate.DATASETS, name, fake)
+        fake = functools.partial(lambda *args: loaded.append(args) or csv_pairs(pairs), name)
+        monkeypatch.setitem(benchmarks.DATASETS, name, fake)
     for args in (["spair", "--datapath", "here"], ["pfpascal", "--split", "trn"], ["labels"]):
         run("--dataset", *args)
     assert loaded == [("spair", "here", "test"), ("pfpascal", None, "trn"), ("labels", None, "val")]

@@ -7,20 +7,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-import cats
-from cats import (
-    GRID,
-    HYPERPIXELS,
-    Aggregator,
-    Cats,
-    CatsConfig,
-    end_point_error,
-    flow_of,
-    flow_target,
-    mutual_filter,
-    soft_argmax,
-)
-from modules import BACKBONES, Features, ViTSpec, load_backbone
+from experiments import cats
+from experiments.cats import GRID, HYPERPIXELS, Aggregator, Cats, CatsConfig, end_point_error, flow_target
+from modules import Features
+from support.backbone import BACKBONES, ViTSpec, load_backbone
 
 N = GRID * GRID
 SMALL = {"backbone": "deep_vit8", "size": 128, "projection": 16, "heads": 4}
@@ -53,7 +43,7 @@ def features(batch: int, channels: int) -> Features:
     return Features(torch.randn(batch, N, channels), torch.zeros(batch, 0), torch.ones(batch, GRID, GRID))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sizes
 
 
@@ -111,17 +101,18 @@ def test_only_what_learns_is_a_parameter():
     assert not any(".levels." in name for name in single)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Features
 
 
 def sums_before_relu(net: nn.Module, images: Tensor) -> list[Tensor]:
-    """The stem's map and the input of every residual block's last ReLU, by hooks on torchvision's own network."""
+    """The stem's map and the input of every residual block's last ReLU, by hooks on torchvision's network."""
     kept: list[Tensor] = []
     blocks = [block for layer in (net.layer1, net.layer2, net.layer3, net.layer4) for block in layer]
     inputs: dict[nn.Module, list[Tensor]] = {block.relu: [] for block in blocks}
     handles = [net.maxpool.register_forward_hook(lambda m, x, y: kept.append(y.clone()))]
-    handles += [relu.register_forward_pre_hook(lambda m, x: inputs[m].append(x[0].clone())) for relu in inputs]
+    for relu in inputs:
+        handles.append(relu.register_forward_pre_hook(lambda m, x: inputs[m].append(x[0].clone())))
     with torch.no_grad():
         net(images)
     for handle in handles:
@@ -141,7 +132,8 @@ def test_hyperpixels_are_the_sums_before_the_last_relu(resnet101, monkeypatch):
         ids = [int(part) for part in text.split(",")]
         assert levels.widths == [channels[k] for k in ids] == [m.shape[1] for m in maps]
         for k, found in zip(ids, maps, strict=True):
-            torch.testing.assert_close(found, truth[k], rtol=1e-4, atol=1e-4, msg=lambda m, k=k: f"level {k}: {m}")
+            message = f"level {k}: {{}}".format
+            torch.testing.assert_close(found, truth[k], rtol=1e-4, atol=1e-4, msg=message)
             assert k == 0 or (found < 0).any()
 
 
@@ -204,7 +196,7 @@ def read_bilinear(m: Tensor, x: float, y: float) -> Tensor:
     return top * (1 - (y - y0)) + bottom * (y - y0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Volume and aggregator
 
 
@@ -213,7 +205,8 @@ def filtered_by_loops(corr: Tensor) -> Tensor:
     rows, columns = corr.tolist(), corr.T.tolist()
     best_of_row, best_of_column = ([max(line) or 1e-30 for line in lines] for lines in (rows, columns))
     return torch.tensor(
-        [[c * (c / best_of_row[i]) * (c / best_of_column[j]) for j, c in enumerate(row)] for i, row in enumerate(rows)]
+        [[c * (c / best_of_row[i]) * (c / best_of_column[j]) for j, c in enumerate(row)]
+         for i, row in enumerate(rows)]
     )
 
 
@@ -222,7 +215,7 @@ def test_mutual_filter_by_loops():
     corr[0, 1, 2] = 0  # the best of a source cell is zero
     corr[1, 2, :, 3] = corr[1, 2, :, 3].clamp(max=0).mul(1e-9)  # and of a target cell, beside tiny negatives
     corr[1, 2, 0, 3] = 0
-    got = mutual_filter(corr)
+    got = cats.mutual_filter(corr)
     assert got.isfinite().all() and (got[0, 1, 2] == 0).all()
     for b in range(2):
         for level in range(3):
@@ -268,7 +261,8 @@ def aggregate(corr: Tensor, src: Tensor, trg: Tensor, weights: dict, depth: int,
                     y = weights["position_y"][0, level, row, 0]
                     tokens[level, row * GRID + column] += torch.cat([x, y])
         for d in range(depth):
-            tokens = torch.stack([block(tokens[k], weights, f"blocks.{d}.cells", heads) for k in range(levels)])
+            cells = f"blocks.{d}.cells"
+            tokens = torch.stack([block(tokens[k], weights, cells, heads) for k in range(levels)])
             if levels > 1:
                 several = [block(tokens[:, n], weights, f"blocks.{d}.levels", heads) for n in range(N)]
                 tokens = torch.stack(several, 1)
@@ -311,9 +305,11 @@ def test_matcher_is_filter_projection_and_aggregator():
         got = matcher(src, trg)
         for b in range(2):
             sides = ([x.feat[b, :, 128 * k : 128 * (k + 1)] for k in (0, 1)] for x in (src, trg))
-            parts = [torch.stack([linear(x, heads, f"project.{k}") for k, x in enumerate(side)]) for side in sides]
+            parts = [torch.stack([linear(x, heads, f"project.{k}") for k, x in enumerate(side)])
+                     for side in sides]
             volumes = literal_volumes(matcher, src.feat[b], trg.feat[b])
-            torch.testing.assert_close(got[b], aggregate(volumes, *parts, weights, 1, 4), rtol=1e-3, atol=1e-4)
+            expected = aggregate(volumes, *parts, weights, 1, 4)
+            torch.testing.assert_close(got[b], expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("levels", ["1", "0,1"])
@@ -322,7 +318,8 @@ def test_an_untrained_matcher_is_the_mean_of_the_filtered_volumes(levels):
     src, trg = features(1, channels), features(1, channels)
     with torch.no_grad():
         got = matcher(src, trg)
-    torch.testing.assert_close(got[0], literal_volumes(matcher, src.feat[0], trg.feat[0]).mean(0), rtol=1e-4, atol=1e-5)
+    expected = literal_volumes(matcher, src.feat[0], trg.feat[0]).mean(0)
+    torch.testing.assert_close(got[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_positions_and_weights_start_random_and_the_last_projection_at_zero():
@@ -336,13 +333,13 @@ def test_positions_and_weights_start_random_and_the_last_projection_at_zero():
             assert (p == 1).all(), name
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Flow
 
 
 def test_soft_argmax_and_flow_by_loops():
     corr, beta = torch.randn(2, N, N) * 0.05, 0.02
-    places, flow = soft_argmax(corr, beta), flow_of(corr, beta)
+    places, flow = cats.soft_argmax(corr, beta), cats.flow_of(corr, beta)
     assert places.shape == (2, N, 2) and flow.shape == (2, 2, GRID, GRID)
     for b, column in ((0, 0), (0, 37), (1, 255), (1, 128)):
         exps = [math.exp(v / beta) for v in corr[b, :, column].tolist()]
@@ -389,8 +386,8 @@ def test_flow_target_by_loops(original):
 def test_flow_is_in_full_precision_under_autocast():
     corr = torch.randn(2, GRID**2, GRID**2)
     with torch.autocast("cpu", torch.bfloat16):
-        found = flow_of(corr, 0.1)
-    assert torch.equal(found, flow_of(corr, 0.1))
+        found = cats.flow_of(corr, 0.1)
+    assert torch.equal(found, cats.flow_of(corr, 0.1))
 
 
 def test_end_point_error_by_loops_over_the_whole_batch():
@@ -398,7 +395,8 @@ def test_end_point_error_by_loops_over_the_whole_batch():
     valid = torch.rand(3, 4, 5) < 0.4
     valid[1] = False
     valid[2, 0] = True
-    found = [math.hypot(*(flow[b, :, r, c] - target[b, :, r, c]).tolist()) for b, r, c in valid.nonzero().tolist()]
+    places = valid.nonzero().tolist()
+    found = [math.hypot(*(flow[b, :, r, c] - target[b, :, r, c]).tolist()) for b, r, c in places]
     assert float(end_point_error(flow, target, valid)) == pytest.approx(sum(found) / len(found), rel=1e-5)
 
 
@@ -412,7 +410,7 @@ def test_end_point_error_has_a_gradient_everywhere():
     assert float(nothing.detach()) == 0 and flow.grad.isfinite().all()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Points
 
 
@@ -456,7 +454,7 @@ def test_the_source_asks_and_the_target_is_looked_into(monkeypatch):
     torch.testing.assert_close(moved[0], centres[known], rtol=0, atol=1e-3)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Options
 
 
@@ -471,8 +469,8 @@ def test_the_source_asks_and_the_target_is_looked_into(monkeypatch):
     ({"levels": "1,"}, "--levels 1,"),
     ({"backbone": "resnet18", "levels": "3,9"}, "--levels 3,9: of resnet18, some of 0 to 8"),
     ({"backbone": "resnet18"}, "--levels 0,8,20"),
-    ({"heads": 7}, "--heads 7: must divide 256 + --projection 16"),
-    ({"projection": 13, "heads": 1}, "--projection 13"),
+    ({"heads": 7}, "heads 7: must divide 256 + projection 16"),
+    ({"projection": 13, "heads": 1}, "projection 13"),
 ])  # fmt: skip
 def test_options_that_cannot_be_are_refused_in_one_line(options, words):
     with pytest.raises(ValueError) as error:
@@ -490,4 +488,5 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(tmp_path, content, back
         torch.save({"list": [1], "numbers": {"a": 1}, "other": {"a": torch.zeros(1)}}[content], path)
     with pytest.raises(ValueError) as error:
         small(load=True, backbone=backbone, backbone_weights=str(path), levels="1")
-    assert f"--backbone-weights {path}" in str(error.value) and "\n" not in str(error.value)
+    assert str(path) in str(error.value) and "--backbone-weights" in str(error.value)
+    assert "\n" not in str(error.value)

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 
 import data
 from data import MEAN, STD, ImageSet, PairStream, TrainPairs, cells_to_pixels, pixels_to_cells, prepare
-from shapes import SHAPE_CLASSES, draw_shape
+from support.benchmarks import pfpascal_train, pfwillow, spair_train
+from support.shapes import SHAPE_CLASSES, SHAPE_SPLITS, Shapes, draw_shape, shapes_pairs
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,7 +54,7 @@ def willow():
     return Path(os.environ["COCR_DATA"], "PF-WILLOW")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Coordinates
 
 
@@ -62,8 +63,9 @@ def test_cell_centres_lie_at_their_closed_form_on_a_non_square_image():
     for i in range(w):
         for j in range(h):
             pixel = torch.tensor([(i + 0.5) * 300 / 6 - 0.5, (j + 0.5) * 200 / 5 - 0.5])
-            torch.testing.assert_close(cells_to_pixels(torch.tensor([float(i), float(j)]), size, (h, w)), pixel)
-            torch.testing.assert_close(pixels_to_cells(pixel, size, (h, w)), torch.tensor([float(i), float(j)]))
+            cell = torch.tensor([float(i), float(j)])
+            torch.testing.assert_close(cells_to_pixels(cell, size, (h, w)), pixel)
+            torch.testing.assert_close(pixels_to_cells(pixel, size, (h, w)), cell)
     by_hand = cells_to_pixels(torch.tensor([[2.0, 1.0]]), size, (h, w))
     assert by_hand.tolist() == [[124.5, 59.5]]
 
@@ -79,17 +81,7 @@ def test_pixels_to_cells_and_back_is_the_identity():
     torch.testing.assert_close(back, points)
 
 
-def test_parse_points_reads_x_then_y():
-    assert data.parse_points(["40,52.5", "-0.5,0"], (60, 80)).tolist() == [[40.0, 52.5], [-0.5, 0.0]]
-
-
-@pytest.mark.parametrize("text", ["40", "40,50,60", "x,5", "59.6,5", "5,39.6", "-0.6,5", "nan,5"])
-def test_parse_points_names_a_point_that_is_malformed_or_outside(text):
-    with pytest.raises(ValueError, match=text):
-        data.parse_points(["1,1", text], (60, 40))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Images and views
 
 
@@ -123,20 +115,30 @@ def test_open_saliency_rescales_to_its_own_minimum_and_maximum(tmp_path):
     np.testing.assert_allclose(found, [[0, 0.2, 0.4], [0.6, 0.8, 1]], atol=1e-6)
 
 
+def test_open_saliency_keeps_the_maps_own_values_where_it_is_told_to(tmp_path):
+    for name, gray in (("map", [[51, 102], [0, 153]]), ("flat", [[102, 102], [102, 102]])):
+        Image.fromarray(np.array(gray, np.uint8)).save(tmp_path / f"{name}.png")
+        found = data.open_saliency(tmp_path / f"{name}.png", rescale=False)
+        assert found.mode == "F"
+        np.testing.assert_allclose(np.asarray(found), np.array(gray) / 255, atol=1e-6)
+    np.testing.assert_array_equal(np.asarray(data.open_saliency(tmp_path / "flat.png")), np.ones((2, 2)))
+
+
 def test_prepare_normalises_by_the_channel_means_and_deviations_of_imagenet():
     tensor, cells = prepare(Image.new("RGB", (30, 20), (51, 102, 204)), None, 16, 8)
     assert cells is None and tensor.shape == (3, 16, 16)
-    for channel, value, mean, std in zip(tensor, (0.2, 0.4, 0.8), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)):
+    means, deviations = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    for channel, value, mean, std in zip(tensor, (0.2, 0.4, 0.8), means, deviations):
         torch.testing.assert_close(channel, torch.full((16, 16), (value - mean) / std))
 
 
 @pytest.mark.parametrize("mirror", [False, True])
 def test_crop_and_mirror_move_image_and_saliency_alike(mirror):
-    """A bright rectangle is its own saliency map, at 1/2 x 1/4 of the resolution; a cell's share has a closed form."""
+    """A bright rectangle is its own map, at 1/2 x 1/4 of the resolution; a cell's share has a closed form."""
     pixels, coarse = np.zeros((64, 96, 3), np.uint8), np.zeros((16, 48), np.float32)
     pixels[12:44, 40:80] = 255
     coarse[3:11, 20:40] = 1
-    # The crop is 80 x 48 px, so a cell of the 4 x 4 grid is 20 x 12 px; in it the rectangle is x 32-72, y 8-40.
+    # The crop is 80 x 48 px, a cell of the 4 x 4 grid 20 x 12 px; in it the rectangle is x 32-72, y 8-40.
     tensor, cells = prepare(Image.fromarray(pixels), Image.fromarray(coarse), 64, 16, (8, 4, 88, 52), mirror)
     columns, rows = torch.tensor([0, 8 / 20, 1, 12 / 20]), torch.tensor([4 / 12, 1, 1, 4 / 12])
     expected = rows[:, None] * (columns.flip(0) if mirror else columns)
@@ -177,7 +179,7 @@ def test_random_box_keeps_35_to_100_percent_inside_the_image_within_the_aspect_l
         assert share.min() < 0.02 and share.max() > 0.98 and abs(share.mean() - 0.5) < 0.03
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training sets
 
 
@@ -194,7 +196,8 @@ def test_class_folders_sorts_classes_and_leaves_out_what_cannot_be_paired(tmp_pa
     assert names == ["a/1.jpeg", "a/2.bmp", "b/1.png", "b/2.webp", "b/3.JPG"]
     assert images.labels == [0, 0, 1, 1, 1] and len(images) == 5
     errors = capsys.readouterr().err
-    assert "class single" in errors and "class ruined" in errors and "class a" not in errors and "class b" not in errors
+    assert "class single" in errors and "class ruined" in errors and "class a" not in errors
+    assert "class b" not in errors
     assert "2 empty files" in errors and "a/empty.png" in errors and "ruined/empty.jpg" in errors
 
 
@@ -216,14 +219,17 @@ def test_saliency_maps_are_found_by_class_and_image_name(folders):
     image, saliency = images.load(at[1])
     assert images.labels[at[1]] == at[0] and image.size == (61, 35)
     np.testing.assert_allclose(np.asarray(saliency), [[0, 0.17], [1, 0.2]], atol=1e-6)
+    kept = data.class_folders(str(folders), str(folders / "maps"), rescale=False).load(at[1])[1]
+    np.testing.assert_allclose(np.asarray(kept), np.array([[0, 17], [100, 20]]) / 255, atol=1e-6)
     with pytest.raises(ValueError, match="no_such_maps"):
         data.class_folders(str(folders), str(folders / "no_such_maps"))
 
 
 def image_set(*counts: int) -> ImageSet:
-    """Classes of the given numbers of images, none of which is ever opened; members of a class do not lie together."""
+    """Classes of so many images, none of which is ever opened; members of a class do not lie together."""
     labels = [c for k in range(max(counts)) for c, count in enumerate(counts) if k < count]
-    return ImageSet([Path(f"{k}.png") for k in range(len(labels))], labels, [f"class {c}" for c in range(len(counts))])
+    paths = [Path(f"{k}.png") for k in range(len(labels))]
+    return ImageSet(paths, labels, [f"class {c}" for c in range(len(counts))])
 
 
 def test_epoch_pairs_stay_in_a_class_and_leave_out_one_image_of_an_odd_class():
@@ -265,7 +271,7 @@ SPAIR = """000001-2008_002719-2008_004100:aeroplane
 
 
 def test_spair_train_reads_the_pairs_and_categories_of_its_layout(tmp_path):
-    images = data.spair_train(str(spair(tmp_path, SPAIR)))
+    images = spair_train(str(spair(tmp_path, SPAIR)))
     assert images.classes == ["aeroplane", "tvmonitor"]
     pairs = [tuple(str(images.paths[i].relative_to(tmp_path)) for i in pair) for pair in images.pairs]
     folder = "JPEGImages/aeroplane"
@@ -284,7 +290,7 @@ def test_spair_train_reads_the_pairs_and_categories_of_its_layout(tmp_path):
 
 def test_given_pairs_come_once_an_epoch_in_an_order_drawn_from_seed_and_epoch(tmp_path):
     lines = "".join(f"{k:06d}-2008_{k:06d}-2009_{k * 3 % 8:06d}:boat\n" for k in range(8))
-    images = data.spair_train(str(spair(tmp_path, lines)))
+    images = spair_train(str(spair(tmp_path, lines)))
     epochs = [images.epoch_pairs(5, epoch) for epoch in range(4)]
     assert all(sorted(pairs) == sorted(images.pairs) for pairs in epochs)
     assert len({tuple(pairs) for pairs in epochs}) == 4 and images.epoch_pairs(5, 2) == epochs[2]
@@ -293,7 +299,7 @@ def test_given_pairs_come_once_an_epoch_in_an_order_drawn_from_seed_and_epoch(tm
 @pytest.mark.parametrize("line", ["000001-2008_002719:aeroplane", "000001-2008_002719-2008_004100"])
 def test_spair_train_names_file_and_line_of_a_malformed_pair(tmp_path, line):
     with pytest.raises(ValueError, match="trn.txt line 4"):
-        data.spair_train(str(spair(tmp_path, SPAIR + line + "\n")))
+        spair_train(str(spair(tmp_path, SPAIR + line + "\n")))
 
 
 PASCAL = """source_image,target_image,class,flip
@@ -311,7 +317,7 @@ PASCAL = """source_image,target_image,class,flip
 )
 def test_pfpascal_train_reads_pairs_and_classes_and_drops_flipped_rows(tmp_path, name, prefix):
     (tmp_path / name).write_text(PASCAL.format(prefix))
-    images = data.pfpascal_train(str(tmp_path))
+    images = pfpascal_train(str(tmp_path))
     assert images.classes == ["aeroplane", "car", "tvmonitor"]
     pairs = [tuple(str(images.paths[i].relative_to(tmp_path)) for i in pair) for pair in images.pairs]
     assert pairs == [
@@ -327,8 +333,9 @@ def test_an_image_of_two_classes_has_the_label_of_the_pair_it_is_used_in(tmp_pat
     """VOC pictures of a horse and its rider are in PF-PASCAL under both classes, in one folder of images."""
     rows = "both.jpg,horse.jpg,13,0\nboth.jpg,rider.jpg,15,0\nother.jpg,both.jpg,13,0\n"
     (tmp_path / "trn_pairs.csv").write_text("source_image,target_image,class,flip\n" + rows)
-    images = data.pfpascal_train(str(tmp_path))
-    found = [[(images.paths[i].name, images.classes[images.labels[i]]) for i in pair] for pair in images.pairs]
+    images = pfpascal_train(str(tmp_path))
+    shown = [(path.name, images.classes[label]) for path, label in zip(images.paths, images.labels)]
+    found = [[shown[i] for i in pair] for pair in images.pairs]
     assert found == [
         [("both.jpg", "horse"), ("horse.jpg", "horse")],
         [("both.jpg", "person"), ("rider.jpg", "person")],
@@ -340,16 +347,16 @@ def test_an_image_of_two_classes_has_the_label_of_the_pair_it_is_used_in(tmp_pat
 def test_pfpascal_train_names_file_and_line_of_a_malformed_row(tmp_path, row):
     (tmp_path / "trn_pairs.csv").write_text(PASCAL.format("") + row + "\n")
     with pytest.raises(ValueError, match="trn_pairs.csv line 7"):
-        data.pfpascal_train(str(tmp_path))
+        pfpascal_train(str(tmp_path))
 
 
-@pytest.mark.parametrize("build", [data.spair_train, data.pfpascal_train])
+@pytest.mark.parametrize("build", [spair_train, pfpascal_train])
 def test_pair_lists_name_the_root_they_are_missing_from(tmp_path, build):
     with pytest.raises(ValueError, match=f"folder {tmp_path}/gone"):
         build(str(tmp_path / "gone"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pairs of views
 
 
@@ -359,9 +366,10 @@ def test_views_without_augmentation_are_whole_images_in_every_epoch(folders):
     for epoch in (0, 5):
         item = pairs[epoch, 6, 8]
         for side, index in (("src", 6), ("trg", 8)):
-            assert torch.equal(item[f"{side}_img"], prepare(data.open_image(images.paths[index]), None, 32, 8)[0])
+            whole, _ = prepare(data.open_image(images.paths[index]), None, 32, 8)
+            assert torch.equal(item[f"{side}_img"], whole)
             assert item[f"{side}_sal"].numel() == 0
-        assert item["label"] == 1 and item["index"] == (6, 8) and item["skipped"] == ""
+        assert item["label"] == 1 and item["skipped"] == ""
 
 
 def test_augmented_views_follow_from_key_and_seed_alone(folders):
@@ -371,7 +379,6 @@ def test_augmented_views_follow_from_key_and_seed_alone(folders):
     pairs[0, 2, 4], pairs[3, 6, 7]  # other work in between changes nothing
     again = pairs[3, 0, 1]
     assert torch.equal(first["src_img"], again["src_img"]) and torch.equal(first["trg_img"], again["trg_img"])
-    assert len({i for epoch in range(3) for i in pairs[epoch, 0, 1]["index"]}) == 6  # every view has its own number
     fresh = TrainPairs(images, 32, 8, augment=True, seed=4)[3, 0, 1]
     assert torch.equal(first["src_img"], fresh["src_img"])
     for other in (pairs[4, 0, 1], TrainPairs(images, 32, 8, augment=True, seed=5)[3, 0, 1]):
@@ -403,7 +410,8 @@ def test_augmentation_crops_and_mirrors_each_image_on_its_own(tmp_path):
 def test_an_unreadable_image_is_named_and_the_next_of_its_class_taken(folders):
     images = data.class_folders(str(folders))
     pairs = TrainPairs(images, 32, 8, augment=False, seed=0)
-    for bad, replacement in ((folders / "a" / "1.png", 2), (folders / "a" / "4.png", 0)):  # after the last, the first
+    for number, replacement in ((1, 2), (4, 0)):  # after the last, the first
+        bad = folders / "a" / f"{number}.png"
         truncate(bad)
         item = pairs[0, images.paths.index(bad), 3]
         expected, _ = prepare(data.open_image(images.paths[replacement]), None, 32, 8)
@@ -438,7 +446,7 @@ def test_a_readable_image_costs_no_search_for_substitutes(folders, monkeypatch):
     assert searched == []
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Order of work
 
 
@@ -494,14 +502,16 @@ def test_two_workers_load_what_one_process_loads(folders):
         loader = DataLoader(pairs, batch_sampler=PairStream(images, 2, 1), num_workers=workers)
         loaded.append(list(itertools.islice(loader, 5)))
     for alone, together in zip(*loaded):
-        assert torch.equal(alone["src_img"], together["src_img"]) and torch.equal(alone["trg_img"], together["trg_img"])
-        assert [x.tolist() for x in alone["index"]] == [x.tolist() for x in together["index"]]
+        assert torch.equal(alone["src_img"], together["src_img"])
+        assert torch.equal(alone["trg_img"], together["trg_img"])
+        assert alone["label"].tolist() == together["label"].tolist()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # PF-WILLOW
 
-HEADER = "imageA,imageB," + ",".join(f"{axis}{image}{k}" for image in "AB" for axis in "XY" for k in range(1, 11))
+NUMBERS = (f"{axis}{image}{k}" for image in "AB" for axis in "XY" for k in range(1, 11))
+HEADER = ",".join(["imageA", "imageB", *NUMBERS])
 
 
 def willow_row(src: str, trg: str, start: float) -> list:
@@ -522,7 +532,7 @@ CAR, DUCK = "PF-dataset/car(G)", "PF-dataset/duck(S)"
 @pytest.mark.parametrize("name", ["test_pairs.csv", "test_pairs_pf.csv"])
 def test_pfwillow_reads_ten_x_then_ten_y_of_either_image(tmp_path, name):
     rows = [willow_row(f"{CAR}/1.png", f"{CAR}/2.png", 0.5), willow_row(f"{DUCK}/7.png", f"{DUCK}/8.png", 10)]
-    keypoints = data.pfwillow(write_willow(tmp_path, rows, name))
+    keypoints = pfwillow(write_willow(tmp_path, rows, name))
     assert keypoints.name == "PF-WILLOW" and len(keypoints) == 2
     for pair, start, category in zip(keypoints.pairs, (0.5, 10), ("car(G)", "duck(S)")):
         assert pair.src_kps.tolist() == [[start + k, start + 20 + 2 * k] for k in range(10)]
@@ -534,13 +544,19 @@ def test_pfwillow_reads_ten_x_then_ten_y_of_either_image(tmp_path, name):
     assert keypoints.rule == "bbox"
 
 
+def test_a_pair_with_its_own_d_has_that_extent(tmp_path):
+    (pair,) = pfwillow(write_willow(tmp_path, [GOOD])).pairs
+    assert (pair.d, pair.scale, pair.extent) == (None, None, 45)
+    assert pair._replace(d=12.5).extent == 12.5 and pair._replace(d=0.0).extent == 0
+
+
 def test_pfwillow_knows_an_image_by_folder_and_name(tmp_path):
     rows = [
         willow_row(f"{CAR}/1.png", f"{CAR}/2.png", 0),
         willow_row(f"{DUCK}/1.png", f"{DUCK}/2.png", 1),
         willow_row(f"{CAR}/2.png", f"{CAR}/1.png", 2),
     ]
-    keypoints = data.pfwillow(write_willow(tmp_path, rows))
+    keypoints = pfwillow(write_willow(tmp_path, rows))
     paths = [[keypoints.images.paths[i].relative_to(tmp_path) for i in pair[:2]] for pair in keypoints.pairs]
     assert [[str(p) for p in pair] for pair in paths] == [
         ["car(G)/1.png", "car(G)/2.png"],
@@ -548,8 +564,10 @@ def test_pfwillow_knows_an_image_by_folder_and_name(tmp_path):
         ["car(G)/2.png", "car(G)/1.png"],
     ]
     assert len(keypoints.images) == 4
-    assert (keypoints.pairs[0].src, keypoints.pairs[0].trg) == (keypoints.pairs[2].trg, keypoints.pairs[2].src)
-    labels = [[keypoints.images.classes[keypoints.images.labels[i]] for i in pair[:2]] for pair in keypoints.pairs]
+    first, _, third = keypoints.pairs
+    assert (first.src, first.trg) == (third.trg, third.src)
+    images = keypoints.images
+    labels = [[images.classes[images.labels[i]] for i in pair[:2]] for pair in keypoints.pairs]
     assert labels == [["car(G)"] * 2, ["duck(S)"] * 2, ["car(G)"] * 2]
 
 
@@ -569,18 +587,18 @@ GOOD = willow_row(f"{CAR}/1.png", f"{CAR}/2.png", 0)
 )
 def test_pfwillow_names_file_and_line_of_a_broken_row(tmp_path, broken):
     with pytest.raises(ValueError, match=r"test_pairs.csv line 3\b"):
-        data.pfwillow(write_willow(tmp_path, [GOOD, broken, GOOD]))
+        pfwillow(write_willow(tmp_path, [GOOD, broken, GOOD]))
 
 
 def test_pfwillow_names_a_folder_without_its_list_and_a_list_without_pairs(tmp_path):
     with pytest.raises(ValueError, match=f"PF-WILLOW folder {tmp_path}/gone"):
-        data.pfwillow(str(tmp_path / "gone"))
+        pfwillow(str(tmp_path / "gone"))
     with pytest.raises(ValueError, match="test_pairs.csv"):
-        data.pfwillow(write_willow(tmp_path, []))
+        pfwillow(write_willow(tmp_path, []))
 
 
 def test_pfwillow_names_an_image_that_is_missing(tmp_path):
-    keypoints = data.pfwillow(write_willow(tmp_path, [GOOD]))
+    keypoints = pfwillow(write_willow(tmp_path, [GOOD]))
     save_image(tmp_path / "car(G)" / "2.png", (30, 50))
     assert keypoints.load(keypoints.pairs[0].trg)[0].size == (30, 50)
     with pytest.raises(ValueError, match=r"car\(G\)/1.png"):
@@ -588,7 +606,7 @@ def test_pfwillow_names_an_image_that_is_missing(tmp_path):
 
 
 def test_real_pfwillow_has_900_pairs_in_10_folders_with_all_points_inside(willow):
-    keypoints = data.pfwillow(str(willow))
+    keypoints = pfwillow(str(willow))
     assert len(keypoints) == 900 and len(keypoints.images) == 100
     assert sorted(Counter(p.category for p in keypoints.pairs).values()) == [90] * 10
     sizes = [data.open_image(path).size for path in keypoints.images.paths]
@@ -600,7 +618,7 @@ def test_real_pfwillow_has_900_pairs_in_10_folders_with_all_points_inside(willow
 
 
 def test_real_pfwillow_points_are_the_named_columns_of_the_list(willow):
-    keypoints = data.pfwillow(str(willow))
+    keypoints = pfwillow(str(willow))
     with open(willow / "test_pairs.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(keypoints)
@@ -611,15 +629,16 @@ def test_real_pfwillow_points_are_the_named_columns_of_the_list(willow):
             assert row[f"image{image}"].endswith("/".join(keypoints.images.paths[index].parts[-2:]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # shapes
 
 FINGERPRINT = """
 import hashlib, sys
-from shapes import SHAPE_CLASSES, draw_shape
+from support.shapes import SHAPE_CLASSES, draw_shape
 for category in SHAPE_CLASSES:
     record = draw_shape(category, 17, 96)
-    text = repr((record["kps"], record["bbox"])).encode() + record["image"].tobytes() + record["mask"].tobytes()
+    pixels = record["image"].tobytes() + record["mask"].tobytes()
+    text = repr((record["kps"], record["bbox"])).encode() + pixels
     print(category, hashlib.sha256(text).hexdigest())
 """
 
@@ -628,7 +647,8 @@ def test_shapes_are_the_same_in_every_process():
     here = []
     for category in SHAPE_CLASSES:
         record = draw_shape(category, 17, 96)
-        text = repr((record["kps"], record["bbox"])).encode() + record["image"].tobytes() + record["mask"].tobytes()
+        pixels = record["image"].tobytes() + record["mask"].tobytes()
+        text = repr((record["kps"], record["bbox"])).encode() + pixels
         here.append(f"{category} {hashlib.sha256(text).hexdigest()}")
     assert len({line.split()[1] for line in here}) == len(SHAPE_CLASSES)
     for hash_seed in ("1", "2"):
@@ -664,8 +684,8 @@ def test_keypoints_of_a_shape_scale_with_the_image():
 
 def test_shape_splits_share_no_seed_and_repeat_none():
     drawn, seeds = [], []
-    for split, (_, count) in data.SHAPE_SPLITS.items():
-        images = data.Shapes(split)
+    for split, (_, count) in SHAPE_SPLITS.items():
+        images = Shapes(split)
         assert sorted(images.labels) == sorted(list(range(len(SHAPE_CLASSES))) * count)
         drawn += zip(images.labels, images.seeds)
         seeds.append(set(images.seeds))
@@ -674,17 +694,17 @@ def test_shape_splits_share_no_seed_and_repeat_none():
 
 
 def test_shapes_load_what_their_label_and_seed_draw():
-    images = data.Shapes("val")
+    images = Shapes("val")
     index = len(images) // 2 + 1
     image, saliency = images.load(index)
     record = draw_shape(images.classes[images.labels[index]], images.seeds[index])
     assert image.tobytes() == record["image"].tobytes()
     np.testing.assert_array_equal(np.asarray(saliency), np.asarray(record["mask"]) / 255)
-    assert data.Shapes("val", saliency=False).load(index)[1] is None
+    assert Shapes("val", saliency=False).load(index)[1] is None
 
 
 def test_shape_pairs_join_two_images_of_a_class_keypoint_by_keypoint():
-    keypoints = data.shapes_pairs("val")
+    keypoints = shapes_pairs("val")
     assert [pair.src for pair in keypoints.pairs] == list(range(len(keypoints.images)))
     assert len({pair.trg for pair in keypoints.pairs}) > len(keypoints) / 3
     for pair in keypoints.pairs:
@@ -701,14 +721,14 @@ def test_shape_pairs_join_two_images_of_a_class_keypoint_by_keypoint():
 
 
 def test_shape_pairs_are_drawn_alike_every_time():
-    first, second = data.shapes_pairs("val"), data.shapes_pairs("val")
+    first, second = shapes_pairs("val"), shapes_pairs("val")
     assert [pair[:2] for pair in first.pairs] == [pair[:2] for pair in second.pairs]
 
 
 def test_unknown_shapes_and_splits_are_named_with_the_known_ones():
     with pytest.raises(ValueError, match="unicorn.*fish"):
         draw_shape("unicorn", 0)
-    for build in (data.Shapes, data.shapes_pairs):
+    for build in (Shapes, shapes_pairs):
         with pytest.raises(ValueError, match="holdout.*train"):
             build("holdout")
 

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-import data
+from support.benchmarks import pfwillow
+from support.download import BENCHMARKS, download
 
 
 def fails(name: str, root: Path) -> str:
     """The one line that a download fails with."""
     with pytest.raises(ValueError) as found:
-        data.download(name, str(root))
+        download(name, str(root))
     assert "\n" not in str(found.value)
     return str(found.value)
 
@@ -42,9 +43,10 @@ def site(monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
-    for name, benchmark in list(data.BENCHMARKS.items()):
-        changed = benchmark._replace(archive=f"{url}/{name}", lists={file: f"{url}/{file}" for file in benchmark.lists})
-        monkeypatch.setitem(data.BENCHMARKS, name, changed if benchmark.archive else benchmark)
+    for name, benchmark in list(BENCHMARKS.items()):
+        lists = {file: f"{url}/{file}" for file in benchmark.lists}
+        changed = benchmark._replace(archive=f"{url}/{name}", lists=lists)
+        monkeypatch.setitem(BENCHMARKS, name, changed if benchmark.archive else benchmark)
     yield contents, asked
     server.shutdown()
     server.server_close()
@@ -73,23 +75,25 @@ SPAIR_TAR = tarred("SPair-71k/JPEGImages/cow/1.jpg")
 
 def test_a_benchmark_and_its_lists_are_fetched_once_and_what_is_there_is_left_alone(tmp_path, site):
     contents, asked = site
-    lists = {f"/{split}_pairs_pf_pascal.csv": (split.encode(), len(split)) for split in ("train", "val", "test")}
+    splits = ("train", "val", "test")
+    lists = {f"/{split}_pairs_pf_pascal.csv": (split.encode(), len(split)) for split in splits}
     pascal = zipped("PF-dataset-PASCAL/JPEGImages/a.jpg", "PF-dataset-PASCAL/val_pairs_pf_pascal.csv")
     contents |= {"/pfwillow": (WILLOW, len(WILLOW)), "/test_pairs_pf.csv": (LIST, len(LIST))} | lists
     contents |= {"/pfpascal": (pascal, len(pascal)), "/spair": (SPAIR_TAR, len(SPAIR_TAR))}
     for name in ("pfwillow", "pfpascal", "spair"):
-        data.download(name, str(tmp_path / "new"))
+        download(name, str(tmp_path / "new"))
     found = {str(p.relative_to(tmp_path / "new")): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     willow = {"PF-WILLOW/car(G)/1.png": b"x" * 3000, "PF-WILLOW/car(G)/2.png": b"x" * 3000}
     pascal = {f"PF-PASCAL/{split}_pairs_pf_pascal.csv": split.encode() for split in ("train", "test")}
     pascal |= {"PF-PASCAL/val_pairs_pf_pascal.csv": b"x" * 3000, "PF-PASCAL/JPEGImages/a.jpg": b"x" * 3000}
     spair = {"SPair-71k/JPEGImages/cow/1.jpg": b"picture"}
     assert found == willow | {"PF-WILLOW/test_pairs_pf.csv": LIST} | pascal | spair
-    assert len(list((tmp_path / "new").iterdir())) == 3 and len(data.pfwillow(str(tmp_path / "new"))) == 1
+    assert len(list((tmp_path / "new").iterdir())) == 3 and len(pfwillow(str(tmp_path / "new"))) == 1
     (tmp_path / "empty/PF-WILLOW").mkdir(parents=True)
     for root in ("new", "new/PF-WILLOW", "empty"):
-        data.download("pfwillow", str(tmp_path / root))
-    assert len(asked) == 7 - 1 and not list((tmp_path / "empty/PF-WILLOW").iterdir())  # val was in the archive
+        download("pfwillow", str(tmp_path / root))
+    assert len(asked) == 7 - 1  # val was in the archive
+    assert not list((tmp_path / "empty/PF-WILLOW").iterdir())
 
 
 BAD = {
@@ -107,9 +111,11 @@ BAD = {
 
 
 @pytest.mark.parametrize(("name", "body", "missing", "says"), BAD.values(), ids=BAD)
-def test_a_failed_download_says_what_to_do_by_hand_and_leaves_nothing(tmp_path, site, name, body, missing, says):
+def test_a_failed_download_says_what_to_do_by_hand_and_leaves_nothing(
+    tmp_path, site, name, body, missing, says
+):
     site[0][f"/{name}"] = (body, len(body) + missing)
-    text, benchmark = fails(name, tmp_path), data.BENCHMARKS[name]
+    text, benchmark = fails(name, tmp_path), BENCHMARKS[name]
     assert text.startswith("cannot download http://127.0.0.1") and says in text
     assert f"by hand: unpack {benchmark.archive} as {tmp_path}/{benchmark.folders[0]}" in text
     assert list(tmp_path.rglob("*")) == [] and not Path("/tmp/evil-member").exists()
@@ -118,16 +124,44 @@ def test_a_failed_download_says_what_to_do_by_hand_and_leaves_nothing(tmp_path, 
 def test_an_interrupted_download_leaves_nothing_and_a_file_address_serves_too(tmp_path, site, monkeypatch):
     assert fails("shapes", tmp_path).endswith("known: pfwillow, pfpascal, spair")
     (tmp_path / "archive").write_bytes(SPAIR_TAR)
-    changed = data.BENCHMARKS["spair"]._replace(archive=(tmp_path / "archive").as_uri())
-    monkeypatch.setitem(data.BENCHMARKS, "spair", changed)
+    changed = BENCHMARKS["spair"]._replace(archive=(tmp_path / "archive").as_uri())
+    monkeypatch.setitem(BENCHMARKS, "spair", changed)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(tarfile, "open", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        data.download("spair", str(tmp_path))
+        download("spair", str(tmp_path))
     assert list(tmp_path.iterdir()) == [tmp_path / "archive"]
-    data.download("spair", str(tmp_path))
+    download("spair", str(tmp_path))
     assert (tmp_path / "SPair-71k/JPEGImages/cow/1.jpg").read_bytes() == b"picture"
 
 
 def test_a_web_page_in_the_place_of_a_list_is_no_list(tmp_path, site):
     site[0].update({"/pfwillow": (WILLOW, len(WILLOW)), "/test_pairs_pf.csv": (b"\n<!doctype html>", 16)})
     assert "/test_pairs_pf.csv: a web page" in fails("pfwillow", tmp_path) and list(tmp_path.iterdir()) == []
+
+
+def test_without_a_path_a_set_is_fetched_into_datasets_and_found_there(tmp_path, site, monkeypatch):
+    contents, asked = site
+    contents |= {"/pfwillow": (WILLOW, len(WILLOW)), "/test_pairs_pf.csv": (LIST, len(LIST))}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COCR_DATA", raising=False)
+    with pytest.raises(ValueError, match="evaluate.py --dataset pfwillow --download$"):
+        pfwillow(None)
+    for _ in range(2):
+        download("pfwillow", None)
+    assert [str(path) for path in Path().iterdir()] == ["datasets"]
+    assert len(pfwillow(None)) == 1 and asked == ["/pfwillow", "/test_pairs_pf.csv"]
+
+
+@pytest.mark.parametrize("place", ["here", "elsewhere"])
+def test_what_lies_here_or_in_the_folder_of_the_environment_is_not_fetched_again(
+    tmp_path, site, monkeypatch, place
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("COCR_DATA", str(tmp_path / "elsewhere"))
+    (tmp_path / place / "SPair-71k/JPEGImages").mkdir(parents=True)
+    download("spair", None)
+    assert site[1] == [] and not Path("datasets").exists()
+    site[0]["/spair"] = (SPAIR_TAR, len(SPAIR_TAR))
+    download("spair", "given")
+    assert Path("given/SPair-71k/JPEGImages/cow/1.jpg").read_bytes() == b"picture"

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import weakref
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,29 +15,15 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 import evaluate
 from data import KeypointPair, KeypointSet
-from evaluate import (
-    ALPHAS,
-    GREEN,
-    PROTOCOLS,
-    RED,
-    YELLOW,
-    Dense,
-    blocks_of_pairs,
-    correct_points,
-    draw_curve,
-    draw_matches,
-    match_sheet,
-    predict,
-    print_paper,
-    print_scores,
-    ranked_pairs,
-    score,
-)
+from evaluate import blocks_of_pairs, correct_points, predict, right_at_ten, score
 from modules import Features
-from shapes import SHAPE_CLASSES
+from support.dense import Dense
+from support.pictures import GREEN, RED, YELLOW, draw_curve, draw_matches, match_sheet, ranked_pairs
+from support.presets import PRESETS
+from support.shapes import SHAPE_CLASSES, SHAPE_SPLITS, shapes_pairs
+from train import FROZEN, Cascade, Config, save
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,7 +46,7 @@ class Pictures:
         return self.images[index], self.saliency[index]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # PCK
 
 
@@ -85,7 +70,7 @@ def test_correct_points_equals_a_loop():
 
 
 def annotated(counts: list[int], categories: list[str], name: str) -> tuple[list[torch.Tensor], KeypointSet]:
-    """Random pairs of the given numbers of points, targets of different shapes, and predictions some pixels off."""
+    """Random pairs of the given numbers of points, targets of different shapes, and predictions."""
     sizes = [(260, 160), (240, 300), (250, 180), (400, 170), (230, 230)]
     pairs, predictions = [], []
     for k, (n, category) in enumerate(zip(counts, categories)):
@@ -100,24 +85,21 @@ def annotated(counts: list[int], categories: list[str], name: str) -> tuple[list
 COUNTS, CATEGORIES = [3, 12, 1, 7, 12], ["dog", "car", "dog", "dog", "car"]
 
 
-@pytest.mark.parametrize("rule", ["bbox", "img", "bbox-padded"])
+@pytest.mark.parametrize("rule", ["bbox", "img"])
 def test_score_averages_over_pairs_points_classes_and_codes_as_loops_do(rule):
-    predictions, keypoints = annotated(COUNTS, CATEGORIES, "PF-WILLOW" if rule == "bbox-padded" else "some")
+    predictions, keypoints = annotated(COUNTS, CATEGORIES, "some")
     alphas = (0.05, 0.1, 0.2)
-    table = score(predictions, keypoints, alphas, rule=None if rule == "bbox-padded" else rule)
-    assert list(table) == (["bbox", "bbox-padded"] if rule == "bbox-padded" else [rule])
+    table = score(predictions, keypoints, alphas, rule=rule)
+    assert list(table) == [rule]
     for a, alpha in enumerate(alphas):
         shares, groups, right, total = [], {}, 0, 0
         for pred, pair in zip(predictions, keypoints.pairs):
             width, height = keypoints.images.images[pair.trg].size
-            sx, sy, (x0, y0, x1, y1) = 1, 1, pair.trg_box
+            x0, y0, x1, y1 = pair.trg_box
             d = max(width, height) if rule == "img" else max(x1 - x0, y1 - y0)
-            if rule == "bbox-padded":
-                sx, sy = 256 / width, 256 / height
-                d = max(max(x * sx, y * sy) for x, y in pair.trg_kps.tolist()) + 1
             hits = []
             for (x, y), (u, v) in zip(pred.tolist(), pair.trg_kps.tolist()):
-                hits.append(math.hypot((x - u) * sx, (y - v) * sy) <= alpha * d)
+                hits.append(math.hypot(x - u, y - v) <= alpha * d)
             shares.append(100 * sum(hits) / len(hits))
             for group in [pair.category, *(f"{code} {value}" for code, value in pair.codes.items())]:
                 groups.setdefault(group, []).append(shares[-1])
@@ -143,14 +125,6 @@ def test_a_set_is_scored_by_its_own_rule_unless_another_is_asked_for():
     assert narrow["per_image"][1] + 5 < wide["per_image"][1]
 
 
-def test_the_padded_rule_is_reported_for_pfwillow_alone_and_beside_no_other_protocol():
-    assert list(score(*annotated([4, 2], ["a", "a"], "shapes test"))) == ["bbox"]
-    willow = annotated([4, 2], ["a", "a"], "PF-WILLOW")
-    assert list(score(*willow)) == ["bbox", "bbox-padded"]
-    assert list(score(*willow, rule="bbox")) == list(score(*willow, protocol="target")) == ["bbox"]
-    assert list(score(*willow, protocol="dhpf")) == ["bbox"] and list(score(*willow, rule="img")) == ["img"]
-
-
 @pytest.mark.parametrize("change", [lambda p: p[:-1], lambda p: p + p[-1:]])
 def test_score_refuses_a_wrong_number_of_predictions(change):
     predictions, keypoints = annotated([4, 4, 4], ["a", "a", "b"], "shapes test")
@@ -158,14 +132,14 @@ def test_score_refuses_a_wrong_number_of_predictions(change):
         score(change(predictions), keypoints)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Prediction
 
 GRID = (3, 5)  # h, w of the fake backbone
 
 
 class FakeCascade:
-    """Reads an image's number from its red value; moves points by a known rule of both numbers and the method."""
+    """Reads an image's number from its red value; moves points by a rule of both numbers and the method."""
 
     cfg, backbone = SimpleNamespace(size=32), SimpleNamespace(patch=8)
 
@@ -178,7 +152,8 @@ class FakeCascade:
         self.seen += numbers.int().tolist()
         self.batches.append(len(images))
         array = numbers.view(-1, 1, 1).expand(-1, GRID[0] * GRID[1], 2).numpy().copy()
-        self.alive = [(ref, n) for ref, n in self.alive if ref() is not None] + [(weakref.ref(array), len(images))]
+        self.alive = [(ref, n) for ref, n in self.alive if ref() is not None]
+        self.alive.append((weakref.ref(array), len(images)))
         self.most = max(self.most, sum(n for _, n in self.alive))  # images whose features are in memory
         return Features(torch.from_numpy(array), numbers.view(-1, 1), torch.ones(len(images), *GRID))
 
@@ -194,7 +169,7 @@ SIZES = [(40, 24), (31, 50), (64, 64), (20, 90), (75, 33), (48, 28)]
 
 @pytest.fixture
 def numbered():
-    """Six images of different shapes, image k of red value 20 k, and seven pairs of 1 to 6 points, none of image 2."""
+    """Six images of different shapes, image k of red value 20 k, and seven pairs, none of image 2."""
     images = Pictures([Image.new("RGB", size, (20 * k, 90, 10)) for k, size in enumerate(SIZES)])
     pairs = []
     for (src, trg), n in zip([(0, 1), (1, 3), (3, 0), (4, 5), (5, 0), (1, 0), (0, 4)], (3, 6, 1, 2, 5, 1, 4)):
@@ -222,27 +197,6 @@ def test_predict_returns_target_pixels_through_the_sizes_of_both_images(numbered
             torch.testing.assert_close(moved, expected, atol=1e-3, rtol=0)
 
 
-def test_a_protocol_that_swaps_has_target_points_found_in_the_source(numbered):
-    found = {
-        name: predict(FakeCascade(), numbered, ["far"], batch=3, quiet=True, protocol=PROTOCOLS[name])["far"]
-        for name in ("densematching", "cats")
-    }
-    for pair, plain, cut in zip(numbered.pairs, found["densematching"], found["cats"], strict=True):
-        expected = moved_by_hand(pair.trg, pair.src, pair.trg_kps.tolist(), 0.9)
-        torch.testing.assert_close(plain, expected, atol=1e-3, rtol=0)
-        width, height = SIZES[pair.trg]
-        whole = [(int(x * 256 / width) * width / 256, int(y * 256 / height) * height / 256) for x, y in pair.trg_kps]
-        torch.testing.assert_close(cut, moved_by_hand(pair.trg, pair.src, whole, 0.9), atol=1e-3, rtol=0)
-        assert not torch.equal(plain, cut)
-
-
-def test_protocols_of_one_direction_share_their_predictions(numbered):
-    for names in (("target", "dhpf", "chm", "mmnet", "geoaware"), ("densematching", "ncnet"), ("cats", "scorrsan")):
-        found = [predict(FakeCascade(), numbered, ["far"], quiet=True, protocol=PROTOCOLS[n])["far"] for n in names]
-        for other in found[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
-
-
 def test_predict_runs_the_backbone_once_for_every_image_that_is_used(numbered):
     cascade = FakeCascade()
     predict(cascade, numbered, ["near", "far"], batch=2, quiet=True)
@@ -250,15 +204,6 @@ def test_predict_runs_the_backbone_once_for_every_image_that_is_used(numbered):
     cascade = FakeCascade()
     predict(cascade, numbered, ["near", "far"], batch=2, quiet=True, numbers=[3, 6])  # images 4, 5 and 0, 4
     assert cascade.seen == [0, 4, 5]
-
-
-def test_a_cache_of_features_spares_the_backbone_and_changes_no_prediction(numbered):
-    cascade, cache = FakeCascade(), {}
-    plain = predict(FakeCascade(), numbered, ["far"], quiet=True)["far"]
-    for numbers in ([0, 6], None, None):  # images 0, 1, 4; then the two others; then none
-        found = predict(cascade, numbered, ["far"], quiet=True, numbers=numbers, cache=cache)["far"]
-    assert cascade.seen == [0, 1, 4, 3, 5]
-    assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
@@ -294,8 +239,6 @@ def test_predictions_do_not_depend_on_the_batch_size(numbered, batch):
 
 
 def test_a_real_backbone_predicts_alike_in_every_batch_size():
-    from train import Cascade, Config
-
     cascade = Cascade(Config(backbone="random_vit8", size=64)).eval()
     images = [Image.effect_noise(size, 60).convert("RGB") for size in SIZES[:3]]
     points = [torch.rand(n, 2) * torch.tensor(SIZES[src]) for src, n in ((0, 2), (1, 6), (2, 3))]
@@ -308,7 +251,7 @@ def test_a_real_backbone_predicts_alike_in_every_batch_size():
             torch.testing.assert_close(a, b, atol=0.02, rtol=0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Pictures
 
 
@@ -316,7 +259,7 @@ BLUE, GRAY, WHITE = (20, 30, 160), (90, 90, 90), (255, 255, 255)
 
 
 def test_draw_matches_joins_right_points_in_green_and_wrong_ones_in_red():
-    """Source 40 x 20 px drawn six times larger, target 30 x 60 px twice; both lines are level, at y 15 and 78."""
+    """Source 40 x 20 px drawn six times larger, target 30 x 60 px twice; lines are level, at y 15 and 78."""
     src, trg = Image.new("RGB", (40, 20), BLUE), Image.new("RGB", (30, 60), GRAY)
     src_kps, trg_kps = torch.tensor([[10.0, 2.0], [20.0, 12.5]]), torch.tensor([[5.0, 7.0], [12.0, 38.5]])
     truth = torch.tensor([[5.0, 7.0], [22.0, 50.0]])
@@ -327,7 +270,7 @@ def test_draw_matches_joins_right_points_in_green_and_wrong_ones_in_red():
         assert picture.getpixel((x, 15)) == GREEN
     for x in (140, 200, 242, 255, 262):
         assert picture.getpixel((x, 78)) == RED
-    assert picture.getpixel((50, 15)) == BLUE and picture.getpixel((100, 78)) == BLUE  # before the lines begin
+    assert picture.getpixel((50, 15)) == BLUE and picture.getpixel((100, 78)) == BLUE  # before the lines
     assert picture.getpixel((262, 15)) == GRAY and picture.getpixel((280, 78)) == GRAY  # behind their ends
     assert picture.getpixel((242, 50)) == WHITE
     # The truth of the wrong point: a cross at 244 + 45, 101.
@@ -360,7 +303,7 @@ def sheet_set(count: int) -> tuple[dict, KeypointSet]:
 @pytest.mark.parametrize(("count", "rows"), [(6, [0, 2, 4]), (2, [0, 1])])
 def test_match_sheet_has_a_row_a_pair_spread_over_the_set_and_a_column_a_method(count, rows):
     predictions, keypoints = sheet_set(count)
-    page = match_sheet(predictions, keypoints, 3)
+    page = match_sheet(predictions, right_at_ten(predictions, keypoints), keypoints, 3)
     # At a height of 192 px the sources are 384 or 192 px wide, the targets 96.
     wide = max(384 if k % 2 else 192 for k in rows) + 4 + 96
     assert page.size == (2 * (wide + 8), 16 + 200 * len(rows))
@@ -372,15 +315,16 @@ def test_match_sheet_has_a_row_a_pair_spread_over_the_set_and_a_column_a_method(
 def test_match_sheet_judges_points_at_alpha_010_of_the_box():
     """A miss of 6 px along both axes is 8.5 px: beyond 0.10 x 80 px, within it for a box of 90 px."""
     predictions, keypoints = sheet_set(2)
-    keypoints.pairs = [pair._replace(trg_box=(5.0, 5.0, 9.0, 5 + d)) for pair, d in zip(keypoints.pairs, (80.0, 90.0))]
-    page = match_sheet(predictions, keypoints, 2)
+    boxes = [(5.0, 5.0, 9.0, 5 + d) for d in (80.0, 90.0)]
+    keypoints.pairs = [pair._replace(trg_box=box) for pair, box in zip(keypoints.pairs, boxes)]
+    page = match_sheet(predictions, right_at_ten(predictions, keypoints), keypoints, 2)
     column = 384 + 4 + 96 + 8
     # Every line starts at the source's point, 1.5 px from its corner: drawn at 14.4, 14.4.
     colours = [page.getpixel((column * c + 14, 16 + 200 * r + 14)) for c in (0, 1) for r in (0, 1)]
     assert colours == [GREEN, GREEN, RED, GREEN]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -392,12 +336,11 @@ def command(*args: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedP
 @pytest.fixture
 def run_main(monkeypatch, tmp_path):
     """evaluate.py's main in this process and an empty folder, on a shapes test set of two images a class."""
-    monkeypatch.setitem(data.SHAPE_SPLITS, "test", (200_000, 2))
+    monkeypatch.setitem(SHAPE_SPLITS, "test", (200_000, 2))
     monkeypatch.chdir(tmp_path)
 
     def run(*args: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--dataset", "shapes", "--device", "cpu", *map(str, args)])
-        evaluate.main()
+        evaluate.main(["--dataset", "shapes", "--device", "cpu", *map(str, args)])
 
     return run
 
@@ -406,9 +349,9 @@ def run_main(monkeypatch, tmp_path):
 def tiny_checkpoint(tmp_path_factory):
     """A cascade of three stages after two steps."""
     out = tmp_path_factory.mktemp("tiny")
-    options = "--size 64 --batch 3 --candidates 6 --volume-width 4 --volume-heads 1 --ffn-ratio 0.25 --warmup 2"
-    fixed = f"--backbone random_vit8 --val none --device cpu --steps 2 --out {out} {options}"
-    done = subprocess.run([sys.executable, "train.py", *fixed.split()], cwd=ROOT, capture_output=True, text=True)
+    options = "--size 64 --batch 3 --candidates 6 --ffn-ratio 0.25 --backbone random_vit8 --val none"
+    line = [*options.split(), "--device", "cpu", "--steps", "2", "--out", str(out)]
+    done = subprocess.run([sys.executable, "train.py", *line], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out / "last.pt"
 
@@ -420,11 +363,58 @@ def test_a_missing_data_set_ends_in_one_line_that_names_its_path(tmp_path):
     assert str(tmp_path / "nowhere") in line and "Traceback" not in line
 
 
-def test_a_run_without_checkpoint_and_baseline_is_refused(run_main, capsys):
+def test_without_checkpoint_the_frozen_backbone_is_scored_by_its_best_reading(run_main, capsys, tmp_path):
+    run_main("--json", tmp_path / "out.json")
+    scores = json.loads((tmp_path / "out.json").read_text())["scores"]["target"]
+    said = capsys.readouterr().out
+    (line,) = said.partition("\n\n")[0].splitlines()
+    told = "frozen random_vit8", "last block", "128 px", "best", "128 principal axes", "--checkpoint FILE"
+    assert all(words in line for words in told)
+    assert list(scores) == ["best"] and "\nbest on shapes test: " in said
+    cascade = Cascade(Config(**PRESETS["quick"])).eval()
+    found = predict(cascade, shapes_pairs("test"), ["best", "nn"], quiet=True)
+    expected = {m: score(places, shapes_pairs("test"))["bbox"]["per_image"] for m, places in found.items()}
+    assert scores["best"]["bbox"]["per_image"] == pytest.approx(expected["best"], abs=1e-3) != expected["nn"]
+
+
+def test_on_photographs_the_default_is_the_papers_backbone_and_size(monkeypatch, capsys):
+    """What is built is seen in the line; its weights would be a download."""
+    seen = []
+
+    def build(cfg):
+        seen.append(cfg)
+        return Cascade(Config(backbone="random_vit8", size=cfg.size))
+
+    monkeypatch.setattr(evaluate, "Cascade", build)
+    args = evaluate.read_options(evaluate.shared_options(""), ["--dataset", "spair", "--device", "cpu"])
+    matcher, methods = evaluate.load_methods(args)
+    assert (seen[0].backbone, seen[0].size, seen[0].layer) == ("ibot_vitb16", 512, "-1")
+    assert methods == ["best"] and matcher.cfg.size == 512 and "512 px" in capsys.readouterr().out
+    assert args.alphas == (0.01, 0.05, 0.10) and args.split == "test" and args.rule is None
+
+
+def test_a_baseline_that_names_none_is_all_readings_of_the_frozen_backbone(run_main, capsys, tmp_path):
+    run_main("--baseline", "--json", tmp_path / "out.json")
+    scores = json.loads((tmp_path / "out.json").read_text())["scores"]["target"]
+    assert list(scores) == list(FROZEN) == ["nn", "hough", "consensus", "best"]
+    assert "--checkpoint" not in capsys.readouterr().out
+
+
+def test_neither_a_data_set_nor_pairs_is_argparses_error(capsys):
     with pytest.raises(SystemExit) as stop:
-        run_main()
+        evaluate.main(["--baseline", "nn"])
     last = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and "--checkpoint" in last and "--baseline" in last
+    assert stop.value.code == 2 and "--dataset" in last and "--pairs" in last
+
+
+def test_of_a_cats_checkpoint_the_command_that_scores_it_is_printed(tmp_path):
+    """Before any data are looked for."""
+    torch.save({"model": {}, "config": {}, "program": "experiments.finetune"}, tmp_path / "my best.pt")
+    done = command("--dataset", "spair", "--datapath", "gone", "--checkpoint", tmp_path / "my best.pt")
+    (line,) = done.stderr.splitlines()
+    given = f"--dataset spair --datapath gone --checkpoint '{tmp_path / 'my best.pt'}' --device cpu"
+    assert done.returncode == 1 and done.stdout == ""
+    assert line.endswith(f": python -m experiments.peers {given}")
 
 
 def test_a_damaged_checkpoint_ends_in_one_line_that_names_it(tmp_path):
@@ -460,8 +450,8 @@ def test_shapes_run_prints_its_protocol_and_writes_the_same_numbers(tmp_path):
     done = command("--dataset", "shapes", "--baseline", "nn", "hough", "--json", tmp_path / "out.json")
     assert done.returncode == 0 and done.stderr == ""
     report = json.loads((tmp_path / "out.json").read_text())
-    test = data.shapes_pairs("test")
-    count, points = len(SHAPE_CLASSES) * data.SHAPE_SPLITS["test"][1], sum(len(p.src_kps) for p in test.pairs)
+    test = shapes_pairs("test")
+    count, points = len(SHAPE_CLASSES) * SHAPE_SPLITS["test"][1], sum(len(p.src_kps) for p in test.pairs)
     assert len(test) == count and report["pairs"] == count and report["alphas"] == [0.05, 0.1, 0.15]
     assert report["dataset"] == "shapes test" and list(report["scores"]) == ["target"]
     assert list(report["scores"]["target"]) == ["nn", "hough"]
@@ -473,7 +463,8 @@ def test_shapes_run_prints_its_protocol_and_writes_the_same_numbers(tmp_path):
         assert header[1] == "protocol target: source to target, d of the target, own pixels, <= alpha d"
         lines, found = table_lines(block), report["scores"]["target"][method]["bbox"]
         assert lines.pop("PCK (%) at alpha") == [0.05, 0.1, 0.15]
-        expected = {"bbox, per image": found["per_image"], "bbox, per point": found["per_point"], **found["per_class"]}
+        expected = {"bbox, per image": found["per_image"], "bbox, per point": found["per_point"]}
+        expected |= found["per_class"]
         assert sorted(found["per_class"]) == sorted(SHAPE_CLASSES) and found["per_code"] == {}
         assert lines == {name: [float(f"{v:.1f}") for v in values] for name, values in expected.items()}
         for a in range(3):  # classes of equal size: the mean over pairs is the mean over classes
@@ -483,132 +474,20 @@ def test_shapes_run_prints_its_protocol_and_writes_the_same_numbers(tmp_path):
     assert f"{count} pairs by 2 methods" in blocks[0] and "pairs/s on cpu" in blocks[0]
 
 
-def test_protocols_are_scored_one_after_another_each_under_its_own_header(run_main, capsys, tmp_path):
-    names = ["cats", "proposalflow", "mmnet", "cats"]
-    run_main("--baseline", "nn", "--protocol", *names, "--thres", "img", "--json", tmp_path / "out.json")
-    headers = [line for line in capsys.readouterr().out.splitlines() if line.startswith("protocol ")]
-    assert headers == [
-        "protocol cats: target to source, d of the source, squashed to 256x256, <= alpha d",
-        "protocol proposalflow: source to target, d of the target, own pixels, < alpha d",
-        "protocol mmnet: source to target, d of the target, squashed to 320x224, <= alpha d",
-    ]
-    from train import PRESETS, Cascade, Config
-
-    scores, keypoints = json.loads((tmp_path / "out.json").read_text())["scores"], data.shapes_pairs("test")
-    cascade = Cascade(Config(**PRESETS["quick"])).eval()
-    assert list(scores) == names[:3]
-    for name, table in scores.items():
-        found = predict(cascade, keypoints, ["nn"], quiet=True, protocol=PROTOCOLS[name])["nn"]
-        expected = score(found, keypoints, protocol=name, rule="img")["img"]
-        assert list(table["nn"]) == ["img"] and table["nn"]["img"]["per_image"] == expected["per_image"]
-    assert scores["cats"] != scores["mmnet"]
-
-
-def test_padded_rules_are_named_so_on_pfwillow_alone(capsys):
-    for name, rule, protocol, shown in (
-        ("PF-WILLOW", None, None, ["bbox", "bbox-padded (256x256)"]),
-        ("PF-WILLOW", "bbox", "dhpf", ["bbox-padded"]),
-        ("PF-WILLOW", "img", "dhpf", ["img"]),
-        ("PF-WILLOW", "bbox", "densematching", ["bbox"]),
-        ("PF-PASCAL test", "bbox", "dhpf", ["bbox"]),
-    ):
-        predictions, keypoints = annotated([2], ["a"], name)
-        table = score(predictions, keypoints, ALPHAS, protocol, rule)
-        print_scores(table, "nn", keypoints, ALPHAS, 64, protocol or "target")
-        lines = [line for line in table_lines(capsys.readouterr().out) if line.endswith("per image")]
-        assert lines == [f"{title}, per image" for title in shown], (name, rule, protocol)
-
-
 def test_three_processes_write_exactly_what_one_writes(tiny_checkpoint, tmp_path):
     """200 pairs: three do not divide them, and cut categories in two."""
     args = ["--dataset", "shapes", "--checkpoint", tiny_checkpoint, "--baseline", "hough"]
-    args += ["--protocol", "target", "cats"]
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3")
     several = command(*args, "--json", tmp_path / "several.json", launcher=launcher)
     assert several.returncode == 0, several.stderr
     one = command(*args, "--json", tmp_path / "one.json")
     assert (tmp_path / "several.json").read_text() == (tmp_path / "one.json").read_text()
     tables = [re.sub(r"in .* s, .* pairs/s", "", done.stdout) for done in (one, several)]
-    assert tables[0] == tables[1] and tables[0].count("hough on shapes test: 200 pairs") == 2  # each printed once
-    assert list(json.loads((tmp_path / "one.json").read_text())["scores"]["cats"]) == ["pixel", "hough"]
+    assert tables[0] == tables[1] and tables[0].count("hough on shapes test: 200 pairs") == 1  # printed once
+    assert list(json.loads((tmp_path / "one.json").read_text())["scores"]["target"]) == ["pixel", "hough"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The paper's rows
-
-
-@pytest.mark.parametrize(
-    ("dataset", "table", "method", "values"),
-    [
-        ("pfwillow", "Table 1", "NCNet (PF-P.)", [52.7, 84.3]),
-        ("pfwillow", "Table 1", "Ours (FImN.)", [57.6, 85.3]),
-        ("pfpascal", "Table 1", "Ours (PF-P.)", [58.3, 86.2]),
-        ("pfpascal", "Table 2", "ProposalFlow", [31.4, 62.5, 79.5]),
-        ("pfwillow", "Table 2", "DHPF (Weak-sup.)", [50.2, 80.2, 91.1]),
-        ("pfwillow", "Table 2", "DHPF (Sup.)", [49.5, 77.6, 89.1]),
-        ("spair", "Table 2", "DHPF (Weak-sup.)", [27.7]),
-        ("spair", "Table 2", "CATs+Ours", [54.6]),
-        ("spair", "Table 2", "VAT+Ours", [60.3]),
-        ("pfwillow", "S Table 1", "CATs+SemiMatch", [82.1, 92.1]),
-        ("pfpascal", "S Table 2", "SCorrSAN+Ours", [93.4, 96.8]),
-    ],
-)
-def test_the_papers_rows_are_printed(capsys, dataset, table, method, values):
-    print_paper(dataset)
-    lines = capsys.readouterr().out.splitlines()
-    start = next(k for k, line in enumerate(lines) if line.startswith(f"{table}  "))
-    (row,) = (line for line in lines_of_table(lines, start) if line[2:30].strip() == method)
-    assert [float(v) for v in row[30:].split()] == values
-    alphas = {1: [0.1], 2: [0.1, 0.15] if table[0] == "S" else [0.05, 0.1], 3: [0.05, 0.1, 0.15]}[len(values)]
-    assert [float(v) for v in lines[start][30:].split()] == alphas
-
-
-def lines_of_table(lines: list[str], start: int) -> list[str]:
-    """The indented lines behind a title."""
-    count = next((k for k, line in enumerate(lines[start + 1 :]) if not line.startswith("  ")), len(lines))
-    return lines[start + 1 :][:count]
-
-
-@pytest.mark.parametrize(
-    ("table", "method", "first", "last", "everything"),
-    [
-        ("Table 3", "VAT+Ours", [65.2, 50.1, 81.0], 74.5, 60.3),
-        ("Table 3", "CATs+Ours", [58.8, 44.6, 71.7], 73.9, 54.5),
-        ("S Table 4", "SCorrSAN", [57.1, 40.3, 78.3], 69.7, 55.3),
-    ],
-)
-def test_the_papers_rows_by_class_are_printed(capsys, table, method, first, last, everything):
-    print_paper("spair")
-    lines = capsys.readouterr().out.splitlines()
-    start = next(k for k, line in enumerate(lines) if line.startswith(f"{table}  "))
-    assert lines[start][30:].split()[:3] == ["aeropl", "bicycl", "bird"] and len(lines[start][30:].split()) == 19
-    (row,) = (line for line in lines_of_table(lines, start) if line[2:30].strip() == method)
-    values = [float(v) for v in row[30:].split()]
-    assert (values[:3], values[-2], values[-1]) == (first, last, everything) and len(values) == 19
-
-
-def test_every_row_of_the_papers_tables_parses_and_stands_once():
-    with open(ROOT / "docs" / "paper_tables.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["table", "method", "dataset", "class", "alpha", "pck"]
-    keys = Counter(tuple(row[c] for c in ("table", "method", "dataset", "class", "alpha")) for row in rows)
-    assert max(keys.values()) == 1 and all(all(key) for key in keys)
-    for row in rows:
-        assert row["dataset"] in ("pfpascal", "pfwillow", "spair") and float(row["alpha"]) in (0.05, 0.1, 0.15)
-        assert 5 < float(row["pck"]) < 100 and re.fullmatch(r"\d+\.\d", row["pck"])
-    # 4 methods on 2 benchmarks; 17 on 3, the first not on SPair-71k; 15, 3 and 2 on 18 classes and all of them
-    sizes = {"Table 1": 16, "Table 2": 17 * 7 - 1, "Table 3": 15 * 19, "S Table 1": 15, "S Table 2": 10}
-    assert Counter(row["table"] for row in rows) == sizes | {"S Table 3": 57, "S Table 4": 38}
-    assert len({row["class"] for row in rows}) == 19
-
-
-def test_a_set_the_paper_does_not_know_has_no_rows(run_main, capsys):
-    run_main("--baseline", "nn", "--compare")
-    out = capsys.readouterr().out
-    assert "The paper has no rows on these pairs" in out and "Table" not in out
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Pictures of a run
 
 
@@ -625,17 +504,19 @@ def test_ranked_pairs_are_the_worst_the_middle_and_the_best_of_a_class():
             quality[len(pairs) - 1] = (k % 5, -float(miss.mean()))
     order = sorted(quality, key=quality.get)
     keypoints = KeypointSet("some", Pictures([]), pairs)
+    right = right_at_ten({"one": predictions}, keypoints)["one"]
     for count in (1, 2, 3):
         middle = (11 - count) // 2
         expected = order[:count] + order[middle : middle + count] + order[-count:]
-        assert ranked_pairs(predictions, keypoints, "a", count) == expected
-    assert ranked_pairs(predictions, keypoints, "a", 50) == order  # fewer pairs than asked for: each once
-    assert ranked_pairs(predictions, keypoints, "b", 2) == [2] and ranked_pairs(predictions, keypoints, "c", 2) == []
+        assert ranked_pairs(predictions, right, keypoints, "a", count) == expected
+    assert ranked_pairs(predictions, right, keypoints, "a", 50) == order  # fewer than asked for: each once
+    assert ranked_pairs(predictions, right, keypoints, "b", 2) == [2]
+    assert ranked_pairs(predictions, right, keypoints, "c", 2) == []
 
 
 def test_a_sheet_of_given_pairs_has_them_in_their_order():
     predictions, keypoints = sheet_set(6)
-    page = match_sheet(predictions, keypoints, numbers=[5, 0, 3])
+    page = match_sheet(predictions, right_at_ten(predictions, keypoints), keypoints, numbers=[5, 0, 3])
     colours = [page.getpixel((150, 16 + 200 * r + 20)) for r in range(3)]
     assert page.height == 16 + 3 * 200 and colours == [(50, 0, 90), (0, 0, 90), (30, 0, 90)]
 
@@ -652,17 +533,17 @@ def test_the_curve_runs_through_its_values():
 
 
 def test_a_run_draws_a_sheet_a_class_and_the_curve_that_score_gives(run_main, monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(data.SHAPE_SPLITS, "test", (200_000, 4))
-    run_main("--baseline", "nn", "hough", "--visualize", 1, "--out", "some/place", "--protocol", "cats", "dhpf")
+    monkeypatch.setitem(SHAPE_SPLITS, "test", (200_000, 4))
+    run_main("--baseline", "nn", "hough", "--visualize", 1, "--out", "some/place")
     folder = tmp_path / "some" / "place"
     assert "some/place" in capsys.readouterr().out.splitlines()[-1]
-    assert {p.name for p in folder.iterdir()} == {f"{c}.jpg" for c in SHAPE_CLASSES} | {"curve.png", "curve.csv"}
+    sheets = {f"{c}.jpg" for c in SHAPE_CLASSES}
+    assert {p.name for p in folder.iterdir()} == sheets | {"curve.png", "curve.csv"}
     assert all(Image.open(folder / f"{name}.jpg").height == 16 + 3 * 200 for name in SHAPE_CLASSES)
     assert Image.open(folder / "curve.png").size == (660, 376)
-    (title, *rows), steps = csv.reader((folder / "curve.csv").read_text().splitlines()), [k / 100 for k in range(1, 11)]
-    from train import PRESETS, Cascade, Config
-
-    keypoints = data.shapes_pairs("test")
+    title, *rows = csv.reader((folder / "curve.csv").read_text().splitlines())
+    steps = [k / 100 for k in range(1, 11)]
+    keypoints = shapes_pairs("test")
     found = predict(Cascade(Config(**PRESETS["quick"])).eval(), keypoints, ["nn", "hough"], quiet=True)
     assert title == ["alpha", "nn", "hough"] and [float(row[0]) for row in rows] == steps
     for column, places in enumerate(found.values(), 1):
@@ -675,10 +556,9 @@ def test_classes_of_ones_own_pairs_may_have_any_name(monkeypatch, tmp_path):
     Image.effect_noise((40, 30), 60).convert("RGB").save(tmp_path / "a.png")
     header = "source,target,XA,YA,XB,YB,class\n"
     (tmp_path / "pairs.csv").write_text(header + "a.png,a.png,3;9,4;20,3;9,4;20,../cat/tabby\n")
-    args = ["--pairs", "pairs.csv", "--baseline", "nn", "--backbone", "random_vit8", "--size", "64", "--device", "cpu"]
+    args = "--pairs pairs.csv --baseline nn --backbone random_vit8 --size 64 --device cpu --visualize 1"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *args, "--visualize", "1", "--out", "sheets"])
-    evaluate.main()
+    evaluate.main([*args.split(), "--out", "sheets"])
     found = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
     assert found == {"a.png", "pairs.csv", "sheets/.._cat_tabby.jpg", "sheets/curve.csv", "sheets/curve.png"}
 
@@ -687,7 +567,8 @@ def test_alphas_are_printed_in_full_and_scored_as_given(run_main, capsys, tmp_pa
     run_main("--baseline", "nn", "--alpha", 0.005, 0.125, 2, "--json", tmp_path / "out.json")
     assert table_lines(capsys.readouterr().out)["PCK (%) at alpha"] == [0.005, 0.125, 2]
     report = json.loads((tmp_path / "out.json").read_text())
-    assert report["alphas"] == [0.005, 0.125, 2] and report["scores"]["target"]["nn"]["bbox"]["per_point"][2] == 100
+    assert report["alphas"] == [0.005, 0.125, 2]
+    assert report["scores"]["target"]["nn"]["bbox"]["per_point"][2] == 100
 
 
 def test_a_baseline_scores_alike_whatever_the_state_of_the_random_generator(run_main, tmp_path):
@@ -702,22 +583,19 @@ def test_a_baseline_scores_alike_whatever_the_state_of_the_random_generator(run_
 def test_a_method_named_twice_is_scored_once(run_main, tmp_path):
     for name, methods in (("once", ["nn", "hough"]), ("twice", ["nn", "hough", "nn"])):
         run_main("--baseline", *methods, "--json", tmp_path / f"{name}.json")
-    once, twice = (json.loads((tmp_path / f"{name}.json").read_text())["scores"] for name in ("once", "twice"))
-    assert once == twice
+    once, twice = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("once", "twice"))
+    assert once["scores"] == twice["scores"]
 
 
 @pytest.mark.parametrize(
     ("args", "named"),
     [
-        (["--baseline", "nn", "--batch", "0"], "--batch"),
-        (["--baseline", "nn", "--batch", "-1"], "--batch"),
         (["--baseline", "nn", "--stage", "pixel"], "--stage"),
         (["--baseline", "nn", "--visualize", "-2"], "--visualize"),
         (["--baseline", "nn", "--alpha", "-0.1"], "--alpha"),
-        (["--baseline", "nn", "--protocol", "dogs"], "--protocol"),
+        (["--baseline", "dogs"], "--baseline"),
         (["--baseline", "nn", "--thres", "kp"], "--thres"),
         (["--baseline", "nn", "--split", "all"], "'all'"),
-        (["--baseline", "nn", "--protocol", "cats", "vat", "--visualize", "2"], "--visualize"),
         (["--baseline", "nn", "--pairs", "some.csv"], "--pairs"),
     ],
 )
@@ -728,7 +606,8 @@ def test_an_option_that_makes_no_sense_is_named(run_main, capsys, args, named):
 
 
 @pytest.mark.parametrize(
-    ("option", "place"), [("--json", "gone/file.json"), ("--json", "folder"), ("--out", "file"), ("--out", "file/deep")]
+    ("option", "place"),
+    [("--json", "gone/file.json"), ("--json", "folder"), ("--out", "file"), ("--out", "file/deep")],
 )
 def test_a_place_that_cannot_be_written_is_named_before_the_work(run_main, capsys, tmp_path, option, place):
     (tmp_path / "folder").mkdir()
@@ -740,17 +619,11 @@ def test_a_place_that_cannot_be_written_is_named_before_the_work(run_main, capsy
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_pictures_of_swapped_protocols_alone_are_refused_in_one_line(tmp_path):
-    done = command("--dataset", "shapes", "--baseline", "nn", "--protocol", "cats", "--visualize", 2, "--out", tmp_path)
-    assert done.returncode == 1 and done.stdout == "" and not list(tmp_path.iterdir())
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: --visualize") and "--protocol" in line and "target" in line
-
-
 def test_a_class_the_benchmark_does_not_have_is_named_in_one_line(tmp_path):
     (tmp_path / "JPEGImages").mkdir()
     (tmp_path / "test_pairs.csv").write_text("source,target,class,XA,YA,XB,YB\na.jpg,b.jpg,21,1,1,1,1\n")
-    done = command("--dataset", "pfpascal", "--datapath", tmp_path, "--baseline", "nn", "--backbone", "random_vit8")
+    backbone = "--backbone", "random_vit8"
+    done = command("--dataset", "pfpascal", "--datapath", tmp_path, "--baseline", "nn", *backbone)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 1 and "test_pairs.csv line 2" in line and "class 1 to 20" in line
 
@@ -761,10 +634,8 @@ def test_a_device_that_is_not_there_is_named(run_main):
 
 
 def test_a_stage_the_checkpoint_does_not_have_is_named(run_main, tmp_path):
-    from train import Cascade, Config, save_checkpoint
-
     cascade = Cascade(Config(backbone="random_vit8", stages=1))
-    save_checkpoint(tmp_path / "image.pt", cascade, torch.optim.AdamW(cascade.image.parameters()), 0)
+    save(tmp_path / "image.pt", cascade, torch.optim.AdamW(cascade.image.parameters()), 0)
     for stage in ("region", "pixel"):
         with pytest.raises(ValueError, match=f"--stage {stage}"):
             run_main("--checkpoint", tmp_path / "image.pt", "--stage", stage)
@@ -783,7 +654,8 @@ def pooled(patch: int) -> SimpleNamespace:
 @pytest.mark.parametrize("patch", [4, 8, 14, 16])
 def test_dense_cells_lie_where_those_of_a_grid_of_twice_the_cells_do(patch):
     height, width = 3 * patch, 5 * patch
-    ramps = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))[None].float()
+    rows, columns = torch.arange(height), torch.arange(width)
+    ramps = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))[None].float()
     found = Dense(pooled(patch)).features(ramps)
     assert found.grid == (6, 10) and found.feat.shape == (1, 60, 2)
     y, x = found.feat.unflatten(1, found.grid)[0].unbind(-1)
@@ -794,8 +666,6 @@ def test_dense_cells_lie_where_those_of_a_grid_of_twice_the_cells_do(patch):
 
 
 def test_a_dense_volume_is_that_of_every_view_with_every_view():
-    from train import Cascade, Config
-
     cascade = Cascade(Config(backbone="random_vit8", consensus=3, volume_window=2)).eval()
     for p in cascade.pixel.parameters():
         p.data += 0.1 * torch.randn_like(p)
@@ -807,7 +677,8 @@ def test_a_dense_volume_is_that_of_every_view_with_every_view():
     assert found.shape == (2, 6, 8, 10, 6)
 
     def view(image: torch.Tensor, y: int, x: int) -> torch.Tensor:  # rows and columns moved by -2 or 2 pixels
-        rows, columns = ((torch.arange(n) + 4 * k - 2).clamp(0, n - 1) for n, k in zip(image.shape[-2:], (y, x)))
+        height, width = image.shape[-2:]
+        rows, columns = ((torch.arange(n) + 4 * k - 2).clamp(0, n - 1) for n, k in ((height, y), (width, x)))
         return image[:, :, rows][..., columns]
 
     for ys, xs, yt, xt in ((0, 0, 0, 0), (1, 0, 0, 1), (0, 1, 1, 1)):
@@ -821,18 +692,17 @@ def test_a_dense_volume_is_that_of_every_view_with_every_view():
 
 
 def test_dense_scores_differ_and_the_region_stage_has_none(run_main, tmp_path):
-    from train import Cascade, Config, save_checkpoint
-
     cascade = Cascade(Config(backbone="random_vit8", size=64))
-    save_checkpoint(tmp_path / "all.pt", cascade, torch.optim.AdamW(cascade.image.parameters()), 0)
+    save(tmp_path / "all.pt", cascade, torch.optim.AdamW(cascade.image.parameters()), 0)
     reports = []
     for extra in ([], ["--dense"]):
-        run_main("--checkpoint", tmp_path / "all.pt", "--baseline", "nn", "--json", tmp_path / "out.json", *extra)
+        report = "--json", tmp_path / "out.json"
+        run_main("--checkpoint", tmp_path / "all.pt", "--baseline", "nn", *report, *extra)
         reports.append(json.loads((tmp_path / "out.json").read_text()))
     assert [report["dense"] for report in reports] == [False, True]
     plain, dense = (report["scores"]["target"]["nn"]["bbox"]["per_image"] for report in reports)
     assert plain != dense
-    keypoints = data.shapes_pairs("test")  # two images a class, as in the run
+    keypoints = shapes_pairs("test")  # two images a class, as in the run
     expected = score(predict(Dense(cascade.eval()), keypoints, ["nn"], quiet=True)["nn"], keypoints)
     assert dense == pytest.approx(expected["bbox"]["per_image"], abs=1e-3)
     with pytest.raises(ValueError, match="--dense: the region stage"):
@@ -840,17 +710,15 @@ def test_dense_scores_differ_and_the_region_stage_has_none(run_main, tmp_path):
 
 
 def test_a_checkpoint_is_scored_by_its_last_stage_beside_the_baselines(run_main, capsys, tmp_path):
-    from train import Cascade, Config, save_checkpoint
-
     cascade = Cascade(Config(backbone="random_vit8", stages=2, size=64))
-    save_checkpoint(tmp_path / "two.pt", cascade, torch.optim.AdamW(cascade.image.parameters()), 0)
+    save(tmp_path / "two.pt", cascade, torch.optim.AdamW(cascade.image.parameters()), 0)
     place = tmp_path / "out.json"
     run_main("--checkpoint", tmp_path / "two.pt", "--baseline", "nn", "--json", place)
     report = json.loads(place.read_text())
     assert list(report["scores"]["target"]) == ["region", "nn"] and report["size"] == 64
     assert report["checkpoint"] == str(tmp_path / "two.pt")
     assert "input 64x64" in capsys.readouterr().out
-    keypoints = data.shapes_pairs("test")  # two images a class, as in the run
+    keypoints = shapes_pairs("test")  # two images a class, as in the run
     expected = score(predict(cascade.eval(), keypoints, ["region"], quiet=True)["region"], keypoints)
     found = report["scores"]["target"]["region"]["bbox"]["per_image"]
     assert found == pytest.approx(expected["bbox"]["per_image"], abs=1e-3)
@@ -866,14 +734,6 @@ def test_no_more_than_the_held_images_wait_in_memory():
         blocks = blocks_of_pairs(keypoints, order, held)
         assert sorted(sum(blocks, [])) == list(range(40))
         for block in blocks:
-            assert len({i for n in block for i in ends[n]}) <= held and len({categories[n] for n in block}) == 1
+            assert len({i for n in block for i in ends[n]}) <= held
+            assert len({categories[n] for n in block}) == 1
     assert blocks == [[n for n in order if n >= 10], [n for n in order if n < 10]]
-
-
-def test_our_numbers_stand_below_the_papers_of_the_same_column(capsys):
-    print_paper("pfwillow", {"pixel, cats": {("all", "0.1"): 59.54, ("all", "0.2"): 80.0}})
-    lines = capsys.readouterr().out.splitlines()
-    table = lines.index(next(line for line in lines if line.startswith("Table 2")))
-    assert lines[table].split()[2:] == ["0.05", "0.1", "0.15"]
-    below = next(line for line in lines[table:] if "here" in line)
-    assert below.split() == ["here:", "pixel,", "cats", "-", "59.5", "-"]

@@ -1,18 +1,30 @@
-"""The peers' ways to score, one by one: evaluate.py's protocols against loops that follow each peer's own rule."""
+"""experiments/peers.py: the peers' ways to score, one by one, against loops that follow each peer's rule."""
 
+import csv
+import json
 import math
 import os
+import re
 import statistics
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-import data
 from data import KeypointPair, KeypointSet
-from evaluate import PROTOCOLS, hits, score, task_of
+from evaluate import predict, right_points, score
+from experiments import peers
+from experiments.peers import PROTOCOLS, print_paper
+from modules import Features
+from support.benchmarks import pfwillow, span
+from support.presets import PRESETS
+from support.shapes import SHAPE_SPLITS, shapes_pairs
+from train import Cascade, Config
 
+ROOT = Path(__file__).parent.parent
 ALPHAS = (0.05, 0.1, 0.2)
 SIZES = [(260, 161), (143, 300), (250, 182), (401, 170), (97, 230), (333, 333)]
 
@@ -27,8 +39,8 @@ class Pictures:
         return Image.new("RGB", self.sizes[index]), None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Literal rules. A scene is a dictionary of plain lists and numbers; `side` is the image that carries the threshold.
+# ----------------------------------------------------------------------------------------------------------
+# Literal rules. A scene is a dictionary of plain lists and numbers; `side`: the image with the threshold.
 
 
 def scene_of(keypoints: KeypointSet, number: int) -> dict:
@@ -61,7 +73,8 @@ def within(pred: list, truth: list, limit: float, strict: bool = False) -> list[
     return found
 
 
-def own_pixels(scene: dict, pred: list, rule: str, alpha: float, side: str, strict: bool = False) -> list[bool]:
+def own_pixels(scene: dict, pred: list, rule: str, alpha: float, side: str,
+               strict: bool = False) -> list[bool]:
     """HPF and its kin: no squashing; on PF-WILLOW the box of the points, which nothing pads."""
     x0, y0, x1, y1 = scene[f"{side}_box"]
     if rule == "img":
@@ -73,9 +86,8 @@ def own_pixels(scene: dict, pred: list, rule: str, alpha: float, side: str, stri
     return within(pred, scene[f"{side}_kps"], alpha * d, strict)
 
 
-def squashed(
-    scene: dict, pred: list, rule: str, alpha: float, side: str, width: int, height: int, pad: float | None = None
-) -> list[bool]:
+def squashed(scene: dict, pred: list, rule: str, alpha: float, side: str, width: int, height: int,
+             pad: float | None = None) -> list[bool]:
     """DHPF, CATs and their kin: points, predictions and box in the squashed image."""
     size, (x0, y0, x1, y1) = scene[f"{side}_size"], scene[f"{side}_box"]
     truth = squash(scene[f"{side}_kps"], size, width, height)
@@ -88,9 +100,10 @@ def squashed(
     return within(squash(pred, size, width, height), truth, alpha * d)
 
 
-# name: (side of the threshold, width and height of the squashed image or None, padding, strict, whole query pixels)
+# name: (side of the threshold, width and height of the squashed image, padding, strict, whole query pixels)
 PEERS = {
     "target": ("trg", None, None, False, False),
+    "padded": ("trg", (256, 256), -1, False, False),
     "proposalflow": ("trg", None, None, True, False),
     "geoaware": ("trg", None, None, True, False),
     "densematching": ("src", None, None, False, False),
@@ -118,7 +131,7 @@ def literal(name: str, scene: dict, pred: list, rule: str, alpha: float) -> list
 
 
 def literal_query(name: str, scene: dict) -> list:
-    """The points that are asked for, in pixels of their image: as they are, or as whole pixels of the squashed one."""
+    """The points that are asked for, in pixels of their image: as they are, or in whole squashed pixels."""
     side, frame, _, _, whole = PEERS[name]
     points, size = scene[f"{OTHER[side]}_kps"], scene[f"{OTHER[side]}_size"]
     if not whole:
@@ -131,12 +144,12 @@ def literal_query(name: str, scene: dict) -> list:
 
 
 def scattered(name: str, boxes: bool) -> KeypointSet:
-    """Twelve pairs of 1 to 14 points between images of six shapes; boxes apart from the points, or round them."""
+    """Twelve pairs of 1 to 14 points between images of six shapes; boxes apart from points, or round them."""
     pairs = []
     for k in range(12):
         src, trg, n = k % 6, (k * 5 + 1) % 6, 1 + (5 * k) % 14 if boxes else 10
         kps = [torch.rand(n, 2) * (torch.tensor(SIZES[i]) * 0.8) + 8 for i in (src, trg)]
-        around = [data.span(points) for points in kps]
+        around = [span(points) for points in kps]
         if boxes:
             sizes = [SIZES[src], SIZES[trg]]
             around = [(3.0, 2.0, 3 + float(w * (0.3 + 0.6 * torch.rand(()))), h * 0.9) for w, h in sizes]
@@ -157,14 +170,15 @@ def guesses(keypoints: KeypointSet, name: str) -> list[torch.Tensor]:
 def assert_scored_as_the_peer(keypoints: KeypointSet, name: str, rule: str) -> dict:
     """Every point of every pair is judged as the peer judges it; returns the table."""
     predictions, shares, right, total = guesses(keypoints, name), [], [0] * len(ALPHAS), 0
+    asked, strict = PROTOCOLS[name](keypoints, rule), PROTOCOLS[name].strict
     for number, pred in enumerate(predictions):
         scene = scene_of(keypoints, number)
         expected = [literal(name, scene, pred.tolist(), rule, alpha) for alpha in ALPHAS]
-        found = hits(pred, task_of(keypoints, number, PROTOCOLS[name], rule), ALPHAS, PROTOCOLS[name].strict)
+        found = right_points(pred, asked, number, ALPHAS, rule, strict)
         assert found.T.tolist() == expected, f"pair {number}"
         shares.append([100 * sum(row) / len(row) for row in expected])
         right, total = [r + sum(row) for r, row in zip(right, expected)], total + len(pred)
-    table = score(predictions, keypoints, ALPHAS, name, rule)
+    table = score(predictions, asked, ALPHAS, rule, strict)
     assert list(table) == [rule]
     means = [sum(column) / len(shares) for column in zip(*shares)]
     assert table[rule]["per_image"] == pytest.approx(means, abs=1e-3)
@@ -188,20 +202,20 @@ def test_points_are_counted_as_the_peer_counts_them(name, rule, willow):
 
 @pytest.mark.parametrize("name", PEERS)
 def test_points_are_asked_for_as_the_peer_asks(name):
-    """Which image is asked, which answers, where; CATs and its kin cut to whole pixels and never leave the frame."""
+    """Which image is asked, which answers, where; CATs and its kin cut to whole pixels inside the frame."""
     torch.manual_seed(0)
     keypoints = scattered("SPair-71k test", boxes=True)
     outside = torch.tensor([[-7.3, 50.5], [-0.4, -0.4], [999.0, 20.9], [33.99, 500.0]])
     for number, pair in enumerate(keypoints.pairs[:3]):
         keypoints.pairs[number] = pair._replace(src_kps=outside, trg_kps=outside.flip(1))
     swap, whole, moved = PEERS[name][0] == "src", PEERS[name][4], 0.0
-    for number, pair in enumerate(keypoints.pairs):
-        task = task_of(keypoints, number, PROTOCOLS[name], "bbox")
+    tasks = PROTOCOLS[name](keypoints, "bbox").pairs
+    for number, (pair, task) in enumerate(zip(keypoints.pairs, tasks, strict=True)):
         (src, trg, src_kps, trg_kps), asked = pair[:4], literal_query(name, scene_of(keypoints, number))
-        assert (task.query, task.answer) == ((trg, src) if swap else (src, trg))
-        assert torch.equal(task.truth, src_kps if swap else trg_kps)
-        torch.testing.assert_close(task.points, torch.tensor(asked), atol=1e-4, rtol=0)
-        moved = max(moved, float((task.points - (trg_kps if swap else src_kps)).abs().max()))
+        assert (task.src, task.trg) == ((trg, src) if swap else (src, trg))
+        assert torch.equal(task.trg_kps, src_kps if swap else trg_kps)
+        torch.testing.assert_close(task.src_kps, torch.tensor(asked), atol=1e-4, rtol=0)
+        moved = max(moved, float((task.src_kps - (trg_kps if swap else src_kps)).abs().max()))
     assert (moved > 10) == whole
 
 
@@ -210,14 +224,13 @@ def test_the_truncation_of_inner_points_moves_them_by_less_than_a_pixel_of_the_f
     torch.manual_seed(1)
     keypoints, frame = scattered("SPair-71k test", boxes=True), PEERS[name][1]
     moves = []
-    for number, pair in enumerate(keypoints.pairs):
-        task = task_of(keypoints, number, PROTOCOLS[name], "img")
+    for pair, task in zip(keypoints.pairs, PROTOCOLS[name](keypoints, "img").pairs, strict=True):
         points = pair.trg_kps if PROTOCOLS[name].swap else pair.src_kps
-        size = torch.tensor(keypoints.size(task.query))
-        moves.append((points - task.points) * torch.tensor(frame or (1, 1)) / size)
+        size = torch.tensor(keypoints.size(task.src))
+        moves.append((points - task.src_kps) * torch.tensor(frame or (1, 1)) / size)
     moves = torch.cat(moves)
     if PEERS[name][4]:
-        assert moves.min() > -1e-3 and 0.9 < moves.max() < 1 and 0.4 < moves.mean() < 0.6  # always to the upper left
+        assert moves.min() > -1e-3 and 0.9 < moves.max() < 1 and 0.4 < moves.mean() < 0.6  # to the upper left
     else:
         assert not moves.any()
 
@@ -226,12 +239,12 @@ def test_the_truncation_of_inner_points_moves_them_by_less_than_a_pixel_of_the_f
 @pytest.mark.parametrize("rule", ["bbox", "img"])
 @pytest.mark.parametrize("name", PEERS)
 def test_a_point_on_the_threshold_is_right_unless_the_peer_is_strict(name, rule, willow):
-    """The answer image is four times smaller than the frame along y, twice along x: every number below is exact."""
+    """The answer image is four times smaller than the frame along y, twice along x: all numbers are exact."""
     side, frame, pad, strict, _ = PEERS[name]
     sx, sy = (1.0, 1.0) if frame is None else (2.0, 4.0)
     width, height = (128, 64) if frame is None else (frame[0] // 2, frame[1] // 4)
     truth = torch.tensor([[40.0, 8.0], [16.0, 30.0], [24.0, 16.0], [32.0, 28.0]])
-    other = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 7.0], [7.0, 19.0]])  # of smaller extent, as is its box
+    other = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 7.0], [7.0, 19.0]])  # smaller, as is its box
     box, other_box = (4.0, 2.0, 52.0, 30.0), (0.0, 0.0, 20.0, 21.0)
     if rule == "img":
         d = float(max(frame or (width, height)))
@@ -246,15 +259,16 @@ def test_a_point_on_the_threshold_is_right_unless_the_peer_is_strict(name, rule,
         ends.reverse()
     (src_kps, src_box, src_size), (trg_kps, trg_box, trg_size) = ends
     pair = KeypointPair(0, 1, src_kps, trg_kps, "a", src_box, trg_box)
-    keypoints = KeypointSet("PF-WILLOW" if willow else "SPair-71k test", Pictures([src_size, trg_size]), [pair])
+    name_of_set = "PF-WILLOW" if willow else "SPair-71k test"
+    keypoints = KeypointSet(name_of_set, Pictures([src_size, trg_size]), [pair])
     dx, dy = 0.125 * d / sx, 0.125 * d / sy
     for factor, expected in ((1.0, not strict), (1 - 2**-12, True), (1 + 2**-12, False)):
         pred = truth + factor * torch.tensor([[dx, 0.0], [-dx, 0.0], [0.0, dy], [0.0, -dy]])
-        table = score([pred], keypoints, (0.125, 0.0625, 0.25), name, rule)
+        table = score([pred], PROTOCOLS[name](keypoints, rule), (0.125, 0.0625, 0.25), rule, strict)
         assert table[rule]["per_point"] == [100.0 * expected, 0.0, 100.0], factor
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The real PF-WILLOW
 
 
@@ -262,19 +276,18 @@ def test_a_point_on_the_threshold_is_right_unless_the_peer_is_strict(name, rule,
 def willow():
     if not os.environ.get("COCR_DATA"):
         pytest.skip("set COCR_DATA to a folder with PF-WILLOW to run this")
-    return data.pfwillow(str(Path(os.environ["COCR_DATA"], "PF-WILLOW")))
+    return pfwillow(str(Path(os.environ["COCR_DATA"], "PF-WILLOW")))
 
 
 def inflation(keypoints: KeypointSet, name: str, side: int, pad: int) -> list[float]:
-    """Threshold of a protocol over the longer side of the points' box in the squashed image, once an image."""
+    """Threshold of a protocol over the longer side of the points' box in the squashed image, by image."""
     found = {}
-    for number, pair in enumerate(keypoints.pairs):
-        task = task_of(keypoints, number, PROTOCOLS[name], "bbox")
-        if task.answer not in found:
+    for pair, task in zip(keypoints.pairs, PROTOCOLS[name](keypoints, "bbox").pairs, strict=True):
+        if task.trg not in found:
             kps = pair.src_kps if PROTOCOLS[name].swap else pair.trg_kps
-            points = squash(kps.tolist(), keypoints.size(task.answer), side, side)
+            points = squash(kps.tolist(), keypoints.size(task.trg), side, side)
             assert task.d == pytest.approx(padded_longer_side(points, pad), rel=1e-5)
-            found[task.answer] = task.d / longer_side(points)
+            found[task.trg] = task.d / longer_side(points)
     return list(found.values())
 
 
@@ -284,10 +297,220 @@ def test_padding_inflates_the_threshold_of_real_pfwillow_by_1_28(willow):
     figures = statistics.mean(ratios), statistics.median(ratios), min(ratios), max(ratios)
     assert figures == pytest.approx((1.283, 1.207, 1.056, 2.165), abs=6e-4)
     assert statistics.mean(inflation(willow, "chm", 240, -2)) == pytest.approx(1.289, abs=6e-4)
-    assert statistics.mean(inflation(willow, "vat", 512, -1)) < 1.283  # the padding shrinks beside larger coordinates
+    assert statistics.mean(inflation(willow, "vat", 512, -1)) < 1.283  # coordinates grow, padding does not
 
 
 @pytest.mark.parametrize("name", PEERS)
 def test_all_pairs_of_real_pfwillow_are_scored_as_the_peer_scores_them(willow, name):
     torch.manual_seed(0)
     assert_scored_as_the_peer(willow, name, "bbox")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Prediction of what a protocol asks for
+
+
+class FakeCascade:
+    """Reads an image's number from its red value; moves points by a known rule of both numbers."""
+
+    cfg, backbone = SimpleNamespace(size=32), SimpleNamespace(patch=8)
+
+    def features(self, images: torch.Tensor) -> Features:
+        numbers = ((images[:, 0] * 0.229 + 0.485).mean((1, 2)) * 255 / 20).round().view(-1, 1)
+        return Features(numbers[:, None].expand(-1, 15, 2), numbers, torch.ones(len(images), 3, 5))
+
+    def transfer(self, src: Features, trg: Features, points: torch.Tensor, method: str) -> torch.Tensor:
+        return 0.9 * points + 0.1 * src.token[:, None] - 0.07 * trg.feat[:, :1]
+
+
+@pytest.fixture
+def numbered():
+    """Six images of different shapes, image k of red value 20 k, and five pairs."""
+    images = SimpleNamespace(load=lambda k: (Image.new("RGB", SIZES[k], (20 * k, 90, 10)), None))
+    pairs = []
+    for (src, trg), n in zip([(0, 1), (1, 3), (3, 0), (4, 5), (5, 0)], (3, 6, 1, 2, 5)):
+        kps = [torch.rand(n, 2) * torch.tensor(SIZES[index]) for index in (src, trg)]
+        pairs.append(KeypointPair(src, trg, *kps, "thing", (0.0, 0.0, 30.0, 20.0), (0.0, 0.0, 30.0, 20.0)))
+    return KeypointSet("numbered", images, pairs)
+
+
+def moved_by_hand(query: int, answer: int, points: list) -> torch.Tensor:
+    """What FakeCascade makes of points: pixels of one image to cells, moved, to pixels of the other."""
+    (h, w), (ws, hs), (wt, ht), found = (3, 5), SIZES[query], SIZES[answer], []
+    for x, y in points:
+        cx, cy = (x + 0.5) * w / ws - 0.5, (y + 0.5) * h / hs - 0.5
+        cx, cy = (0.9 * c + 0.1 * query - 0.07 * answer for c in (cx, cy))
+        found.append([(cx + 0.5) * wt / w - 0.5, (cy + 0.5) * ht / h - 0.5])
+    return torch.tensor(found)
+
+
+def predicted(keypoints: KeypointSet, name: str) -> list[torch.Tensor]:
+    return predict(FakeCascade(), PROTOCOLS[name](keypoints), ["far"], batch=3, quiet=True)["far"]
+
+
+def test_a_protocol_that_swaps_has_target_points_found_in_the_source(numbered):
+    both = zip(numbered.pairs, predicted(numbered, "densematching"), predicted(numbered, "cats"), strict=True)
+    for pair, plain, cut in both:
+        expected = moved_by_hand(pair.trg, pair.src, pair.trg_kps.tolist())
+        torch.testing.assert_close(plain, expected, atol=1e-3, rtol=0)
+        sx, sy = (256 / side for side in SIZES[pair.trg])
+        whole = [(int(x * sx) / sx, int(y * sy) / sy) for x, y in pair.trg_kps]
+        torch.testing.assert_close(cut, moved_by_hand(pair.trg, pair.src, whole), atol=1e-3, rtol=0)
+        assert not torch.equal(plain, cut)
+
+
+def test_protocols_of_one_direction_share_their_predictions(numbered):
+    forward, back = ("target", "padded", "dhpf", "chm", "mmnet", "geoaware"), ("densematching", "ncnet")
+    for names in (forward, back, ("cats", "scorrsan")):
+        found = [predicted(numbered, name) for name in names]
+        for other in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Command line
+
+
+@pytest.fixture
+def run_peers(monkeypatch, tmp_path):
+    """The program in this process and an empty folder, on a shapes test set of two images a class."""
+    monkeypatch.setitem(SHAPE_SPLITS, "test", (200_000, 2))
+    monkeypatch.chdir(tmp_path)
+    return lambda *args: peers.main(["--dataset", "shapes", "--device", "cpu", *map(str, args)])
+
+
+def test_protocols_are_scored_one_after_another_each_under_its_own_header(run_peers, capsys, tmp_path):
+    names = ["cats", "proposalflow", "mmnet", "cats"]
+    run_peers("--baseline", "nn", "--protocol", *names, "--thres", "img", "--json", tmp_path / "out.json")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("protocol ")] == [
+        "protocol cats: target to source, d of the source, squashed to 256x256, <= alpha d",
+        "protocol proposalflow: source to target, d of the target, own pixels, < alpha d",
+        "protocol mmnet: source to target, d of the target, squashed to 320x224, <= alpha d",
+    ]
+    assert sum("pairs/s" in line for line in lines) == 2  # proposalflow and mmnet ask for the same points
+    scores = json.loads((tmp_path / "out.json").read_text())["scores"]
+    cascade = Cascade(Config(**PRESETS["quick"])).eval()
+    assert list(scores) == names[:3]
+    for name, table in scores.items():
+        asked = PROTOCOLS[name](shapes_pairs("test"), "img")
+        expected = score(predict(cascade, asked, ["nn"], quiet=True)["nn"], asked, rule="img")["img"]
+        assert list(table["nn"]) == ["img"] and table["nn"]["img"]["per_image"] == expected["per_image"]
+    assert scores["cats"] != scores["mmnet"]
+
+
+def test_padded_rules_are_named_so_on_pfwillow_alone(capsys):
+    for name, rule, protocol, shown in (
+        ("PF-WILLOW", None, "target", "bbox"),
+        ("PF-WILLOW", None, "padded", "bbox-padded"),
+        ("PF-WILLOW", "bbox", "dhpf", "bbox-padded"),
+        ("PF-WILLOW", "img", "dhpf", "img"),
+        ("PF-WILLOW", "bbox", "densematching", "bbox"),
+        ("PF-PASCAL test", "bbox", "dhpf", "bbox"),
+        ("shapes test", None, "padded", "bbox"),
+    ):
+        asked = PROTOCOLS[protocol](scattered(name, boxes=True), rule)
+        found = {"nn": [pair.trg_kps for pair in asked.pairs]}
+        args = SimpleNamespace(alphas=ALPHAS, rule=rule)
+        assert list(peers.score_as(protocol, found, asked, args, 64)["nn"]) == [rule or "bbox"]
+        lines = [line.split(",")[0] for line in capsys.readouterr().out.splitlines() if "per image" in line]
+        assert lines == [shown], (name, rule, protocol)
+
+
+def test_an_unknown_protocol_is_named(run_peers, capsys):
+    with pytest.raises(SystemExit):
+        run_peers("--baseline", "nn", "--protocol", "dogs")
+    assert "--protocol" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_options_of_a_cascade_are_refused_for_cats(run_peers, tmp_path):
+    torch.save({"model": {}, "config": {}, "program": "experiments.finetune"}, tmp_path / "best.pt")
+    for option in (["--stage", "pixel"], ["--baseline", "nn"], ["--size", "64"], ["--dense"]):
+        with pytest.raises(ValueError, match=f"holds CATs: {option[0]} does not apply"):
+            run_peers("--checkpoint", tmp_path / "best.pt", *option)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The paper's rows
+
+
+@pytest.mark.parametrize(
+    ("dataset", "table", "method", "values"),
+    [
+        ("pfwillow", "Table 1", "NCNet (PF-P.)", [52.7, 84.3]),
+        ("pfwillow", "Table 1", "Ours (FImN.)", [57.6, 85.3]),
+        ("pfpascal", "Table 1", "Ours (PF-P.)", [58.3, 86.2]),
+        ("pfpascal", "Table 2", "ProposalFlow", [31.4, 62.5, 79.5]),
+        ("pfwillow", "Table 2", "DHPF (Weak-sup.)", [50.2, 80.2, 91.1]),
+        ("pfwillow", "Table 2", "DHPF (Sup.)", [49.5, 77.6, 89.1]),
+        ("spair", "Table 2", "DHPF (Weak-sup.)", [27.7]),
+        ("spair", "Table 2", "CATs+Ours", [54.6]),
+        ("spair", "Table 2", "VAT+Ours", [60.3]),
+        ("pfwillow", "S Table 1", "CATs+SemiMatch", [82.1, 92.1]),
+        ("pfpascal", "S Table 2", "SCorrSAN+Ours", [93.4, 96.8]),
+    ],
+)
+def test_the_papers_rows_are_printed(capsys, dataset, table, method, values):
+    print_paper(dataset)
+    lines = capsys.readouterr().out.splitlines()
+    start = next(k for k, line in enumerate(lines) if line.startswith(f"{table}  "))
+    (row,) = (line for line in lines_of_table(lines, start) if line[2:30].strip() == method)
+    assert [float(v) for v in row[30:].split()] == values
+    alphas = {1: [0.1], 2: [0.1, 0.15] if table[0] == "S" else [0.05, 0.1], 3: [0.05, 0.1, 0.15]}[len(values)]
+    assert [float(v) for v in lines[start][30:].split()] == alphas
+
+
+def lines_of_table(lines: list[str], start: int) -> list[str]:
+    """The indented lines behind a title."""
+    count = next((k for k, line in enumerate(lines[start + 1 :]) if not line.startswith("  ")), len(lines))
+    return lines[start + 1 :][:count]
+
+
+@pytest.mark.parametrize(
+    ("table", "method", "first", "last", "everything"),
+    [
+        ("Table 3", "VAT+Ours", [65.2, 50.1, 81.0], 74.5, 60.3),
+        ("Table 3", "CATs+Ours", [58.8, 44.6, 71.7], 73.9, 54.5),
+        ("S Table 4", "SCorrSAN", [57.1, 40.3, 78.3], 69.7, 55.3),
+    ],
+)
+def test_the_papers_rows_by_class_are_printed(capsys, table, method, first, last, everything):
+    print_paper("spair")
+    lines = capsys.readouterr().out.splitlines()
+    start = next(k for k, line in enumerate(lines) if line.startswith(f"{table}  "))
+    columns = lines[start][30:].split()
+    assert columns[:3] == ["aeropl", "bicycl", "bird"] and len(columns) == 19
+    (row,) = (line for line in lines_of_table(lines, start) if line[2:30].strip() == method)
+    values = [float(v) for v in row[30:].split()]
+    assert (values[:3], values[-2], values[-1]) == (first, last, everything) and len(values) == 19
+
+
+def test_every_row_of_the_papers_tables_parses_and_stands_once():
+    with open(ROOT / "docs" / "paper_tables.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["table", "method", "dataset", "class", "alpha", "pck"]
+    keys = Counter(tuple(row[c] for c in ("table", "method", "dataset", "class", "alpha")) for row in rows)
+    assert max(keys.values()) == 1 and all(all(key) for key in keys)
+    for row in rows:
+        assert row["dataset"] in ("pfpascal", "pfwillow", "spair")
+        assert float(row["alpha"]) in (0.05, 0.1, 0.15)
+        assert 5 < float(row["pck"]) < 100 and re.fullmatch(r"\d+\.\d", row["pck"])
+    # 4 methods on 2 benchmarks; 17 on 3, the first not on SPair-71k; 15, 3 and 2 on 18 classes and all
+    sizes = {"Table 1": 16, "Table 2": 17 * 7 - 1, "Table 3": 15 * 19, "S Table 1": 15, "S Table 2": 10}
+    assert Counter(row["table"] for row in rows) == sizes | {"S Table 3": 57, "S Table 4": 38}
+    assert len({row["class"] for row in rows}) == 19
+
+
+def test_a_set_the_paper_does_not_know_has_no_rows(run_peers, capsys):
+    run_peers("--baseline", "nn", "--compare")
+    out = capsys.readouterr().out
+    assert "The paper has no rows on these pairs" in out and "Table" not in out
+
+
+def test_our_numbers_stand_below_the_papers_of_the_same_column(capsys):
+    print_paper("pfwillow", {"pixel, cats": {("all", "0.1"): 59.54, ("all", "0.2"): 80.0}})
+    lines = capsys.readouterr().out.splitlines()
+    table = lines.index(next(line for line in lines if line.startswith("Table 2")))
+    assert lines[table].split()[2:] == ["0.05", "0.1", "0.15"]
+    below = next(line for line in lines[table:] if "here" in line)
+    assert below.split() == ["here:", "pixel,", "cats", "-", "59.5", "-"]

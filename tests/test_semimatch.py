@@ -8,22 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from semimatch import (
-    PseudoLabels,
-    SemiConfig,
-    affine_field,
-    box_mask,
-    contrastive_loss,
-    draw_warp,
-    dynamic_weight,
-    forward_backward_mask,
-    key_out,
-    pseudo_labels,
-    tps_field,
-    uncertainty,
-    warp,
-)
-from train import option_help
+from experiments import semimatch
+from experiments.semimatch import PseudoLabels, SemiConfig, contrastive_loss, key_out, pseudo_labels, warp
+from support.options import option_help
 
 IDENTITY = torch.tensor([[1.0, 0, 0], [0, 1, 0]])
 STILL = torch.zeros(9, 2)
@@ -42,10 +29,10 @@ def shift(dx: int, dy: int, h: int, w: int) -> Tensor:
 
 def random_warps(count: int, tps_scale: float = 0.4) -> tuple[Tensor, Tensor]:
     rng = np.random.default_rng(5)
-    return tuple(torch.stack(x) for x in zip(*(draw_warp(rng, tps_scale) for _ in range(count))))
+    return tuple(torch.stack(x) for x in zip(*(semimatch.draw_warp(rng, tps_scale) for _ in range(count))))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Literal forms
 
 
@@ -95,7 +82,8 @@ def sample_literal(image: Tensor, place, mode: str) -> Tensor:
                 corners = [(round(u), round(v), 1.0)]
             else:
                 u0, v0 = math.floor(u), math.floor(v)
-                corners = [(m, n, (1 - abs(u - m)) * (1 - abs(v - n))) for m in (u0, u0 + 1) for n in (v0, v0 + 1)]
+                corners = [(m, n, (1 - abs(u - m)) * (1 - abs(v - n)))
+                           for m in (u0, u0 + 1) for n in (v0, v0 + 1)]
             for m, n, weight in corners:
                 if 0 <= m < w and 0 <= n < h:
                     out[:, i, j] += weight * image[:, n, m]
@@ -157,19 +145,21 @@ def volume(batch: int, src_grid: tuple[int, int], trg_grid: tuple[int, int], noi
     return corr + noise * torch.randn(batch, *corr.shape)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Configuration
 
 
 def test_defaults_are_the_supplements_and_every_option_has_its_help():
     cfg = SemiConfig()
-    assert (cfg.semi_threshold, cfg.semi_uncertainty, cfg.semi_tps, cfg.semi_gamma) == (0.5, 1.5, 0.4, 0.1)  # Table 1
-    assert (cfg.semi_photometric, cfg.semi_keyout, cfg.semi_temperature, cfg.semi_weight) == (0.2, 0.2, 0.1, 0.5)
+    # Table 1
+    assert (cfg.semi_threshold, cfg.semi_uncertainty, cfg.semi_tps, cfg.semi_gamma) == (0.5, 1.5, 0.4, 0.1)
+    assert (cfg.semi_photometric, cfg.semi_keyout) == (0.2, 0.2)
+    assert (cfg.semi_temperature, cfg.semi_weight) == (0.1, 0.5)
     assert (cfg.semi, cfg.semi_dynamic, cfg.semi_blur) == (False, True, True)
     assert option_help(SemiConfig).keys() == {field.name for field in dataclasses.fields(SemiConfig)}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The strong view
 
 
@@ -194,7 +184,7 @@ def test_keyout_zeroes_the_drawn_squares_and_nothing_else():
 
 def test_keyout_sides_run_from_3_to_10_percent_of_the_boxs_longer_side():
     image, kps = torch.ones(3, 60, 50), torch.tensor([[25.0, 30.0]])
-    for box in ((0.0, 7.0, 30.0, 152.0), (7.0, 0.0, 152.0, 30.0)):  # M = 145: from floor(4.35) to floor(14.5) - 1
+    for box in ((0.0, 7.0, 30.0, 152.0), (7.0, 0.0, 152.0, 30.0)):  # M = 145: floor(4.35) to floor(14.5) - 1
         rng, sides = np.random.default_rng(0), []
         for _ in range(300):
             cut = (key_out(image, kps, box, 1.0, rng) == 0).all(0)
@@ -211,7 +201,8 @@ def test_keyout_cuts_every_point_or_none_at_the_ends_of_p():
         assert torch.equal(key_out(image, kps, box, 0.0, rng), image)
         out = key_out(image, kps, box, 1.0, rng)
         assert all((out[:, int(y), int(x)] == 0).all() for x, y in kps.tolist())
-    cuts = [(key_out(image, kps, box, 0.2, rng)[0, 40 - 7 * k, 8 * k] == 0).item() for _ in range(200) for k in (0, 5)]
+    cuts = [(key_out(image, kps, box, 0.2, rng)[0, 40 - 7 * k, 8 * k] == 0).item()
+            for _ in range(200) for k in (0, 5)]
     assert 0.14 < np.mean(cuts) < 0.26  # 0.2 with a standard deviation of 0.02
 
 
@@ -226,8 +217,9 @@ def test_drawn_warps_stay_within_their_ranges_and_fill_them():
     rng = np.random.default_rng(0)
     turns, stretches, axes, shifts, offsets = [], [], [], [], []
     for _ in range(3000):
-        affine, offset = draw_warp(rng, 0.4)
-        assert affine.shape == (2, 3) and offset.shape == (9, 2) and affine.dtype == offset.dtype == torch.float32
+        affine, offset = semimatch.draw_warp(rng, 0.4)
+        assert affine.shape == (2, 3) and offset.shape == (9, 2)
+        assert affine.dtype == offset.dtype == torch.float32
         matrix = affine[:, :2].double().numpy()
         u, s, vt = np.linalg.svd(matrix)
         turn = u @ vt  # polar decomposition: matrix = turn @ stretch, stretch symmetric
@@ -247,13 +239,14 @@ def test_drawn_warps_stay_within_their_ranges_and_fill_them():
         assert abs(values.std(0) - limit / 3**0.5).max() < 0.04 * limit  # uniform
     stretches = np.array(stretches)
     assert 0.75 - 1e-5 < stretches.min() < 0.755 and 1.245 < stretches.max() < 1.25 + 1e-5
-    assert abs(stretches.mean() - 1) < 0.01 and abs((stretches[:, 0] - stretches[:, 1]).mean() - 0.5 / 3) < 0.01
-    assert not draw_warp(rng, 0.0)[1].any()
+    assert abs(stretches.mean() - 1) < 0.01
+    assert abs((stretches[:, 0] - stretches[:, 1]).mean() - 0.5 / 3) < 0.01
+    assert not semimatch.draw_warp(rng, 0.0)[1].any()
 
 
 def test_affine_field_is_the_product_at_every_pixel_centre():
     affine = torch.randn(2, 2, 3)
-    field = affine_field(affine, 3, 5)
+    field = semimatch.affine_field(affine, 3, 5)
     assert field.shape == (2, 3, 5, 2)
     for b in range(2):
         for i in range(3):
@@ -264,7 +257,7 @@ def test_affine_field_is_the_product_at_every_pixel_centre():
 
 def test_tps_field_is_the_spline_through_the_moved_control_points():
     offsets = torch.rand(2, 9, 2) - 0.5
-    field = tps_field(offsets, 5, 8)
+    field = semimatch.tps_field(offsets, 5, 8)
     assert field.shape == (2, 5, 8, 2) and field.dtype == torch.float32
     for b in range(2):
         spline = tps_literal(offsets[b])
@@ -277,7 +270,7 @@ def test_tps_field_is_the_spline_through_the_moved_control_points():
 
 def test_tps_field_meets_every_control_point():
     offsets = torch.rand(1, 9, 2) - 0.5
-    field = tps_field(offsets, 301, 501)  # fine enough for the outer pixels to be at the corners
+    field = semimatch.tps_field(offsets, 301, 501)  # fine enough for the outer pixels to be at the corners
     for k, (x, y) in enumerate(CONTROL):
         at = field[0, (y + 1) * 150, (x + 1) * 250]
         assert (at - torch.tensor([x, y]) - offsets[0, k]).abs().max() < 0.02
@@ -286,9 +279,9 @@ def test_tps_field_meets_every_control_point():
 def test_tps_field_of_a_linear_displacement_is_affine():
     affine = torch.tensor([[[0.9, 0.2, 0.1], [-0.3, 1.1, -0.2]]])
     moved = torch.tensor([affine_literal(affine[0], x, y) for x, y in CONTROL])
-    field = tps_field((moved - torch.tensor(CONTROL))[None], 4, 7)
-    assert torch.allclose(field, affine_field(affine, 4, 7), atol=1e-6)
-    assert torch.allclose(tps_field(STILL[None], 4, 7), affine_field(IDENTITY[None], 4, 7), atol=1e-6)
+    field = semimatch.tps_field((moved - torch.tensor(CONTROL))[None], 4, 7)
+    assert torch.allclose(field, semimatch.affine_field(affine, 4, 7), atol=1e-6)
+    assert torch.allclose(semimatch.tps_field(STILL[None], 4, 7), semimatch.affine_field(IDENTITY[None], 4, 7), atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "nearest"])
@@ -337,26 +330,28 @@ def test_warp_keeps_its_precision_in_half_precision():
     assert torch.equal(inside, half_inside) and torch.equal(inside, cast_inside)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pseudo-labels
 
 
 def test_uncertainty_is_the_entropy_over_source_cells():
     corr = torch.randn(2, 6, 4)
-    expected = [[entropy_literal(softmax_literal(corr[b, :, t].tolist(), 0.7)) for t in range(4)] for b in range(2)]
-    assert torch.allclose(uncertainty(corr, 0.7), torch.tensor(expected), atol=1e-5)
+    expected = [[entropy_literal(softmax_literal(corr[b, :, t].tolist(), 0.7)) for t in range(4)]
+                for b in range(2)]
+    assert torch.allclose(semimatch.uncertainty(corr, 0.7), torch.tensor(expected), atol=1e-5)
     half = corr.bfloat16()
-    assert torch.equal(uncertainty(half, 0.7), uncertainty(half.float(), 0.7))
+    assert torch.equal(semimatch.uncertainty(half, 0.7), semimatch.uncertainty(half.float(), 0.7))
 
 
 def test_uncertainty_of_equal_and_of_single_matches():
     n = 500
     corr = torch.zeros(1, n, 2)
     corr[0, 7, 1] = 50  # 500 at the temperature
-    equal, single = uncertainty(corr, 0.1)[0].tolist()
+    equal, single = semimatch.uncertainty(corr, 0.1)[0].tolist()
     assert equal == pytest.approx(-n * (1 / n + 1e-6) * math.log(1 / n + 1e-6), rel=1e-5)
     # The second term is 0.0069, what adding 1e-6 to every probability is worth.
-    assert single == pytest.approx(-(1 + 1e-6) * math.log(1 + 1e-6) - (n - 1) * 1e-6 * math.log(1e-6), rel=1e-3)
+    expected = -(1 + 1e-6) * math.log(1 + 1e-6) - (n - 1) * 1e-6 * math.log(1e-6)
+    assert single == pytest.approx(expected, rel=1e-3)
 
 
 def test_forward_backward_check_by_loops():
@@ -365,7 +360,7 @@ def test_forward_backward_check_by_loops():
     for src_grid, trg_grid in grids:
         corr = volume(4, src_grid, trg_grid, noise=0.5)
         corr[0] = torch.randn_like(corr[0])  # long flows that rarely lead back
-        mask = forward_backward_mask(corr, src_grid, trg_grid)
+        mask = semimatch.forward_backward_mask(corr, src_grid, trg_grid)
         assert mask.dtype == torch.bool
         assert mask.tolist() == [visible_literal(c, src_grid, trg_grid) for c in corr]
         shares.append(mask.float().mean())
@@ -389,14 +384,14 @@ def test_forward_backward_threshold(there, back, visible):
         grid = (1, 10) if axis else (10, 1)
         corr = torch.zeros(1, 10, 10)
         corr[0, there, 0], corr[0, there, back] = 0.5, 1 if back else 0.5
-        assert forward_backward_mask(corr, grid, grid)[0, 0] == visible
+        assert semimatch.forward_backward_mask(corr, grid, grid)[0, 0] == visible
 
 
 def test_box_mask_rounds_and_includes_both_ends():
     boxes = torch.tensor(
         [[0.6, 1.4, 3.4, 2.6], [-2.0, -0.4, 9.0, 0.4], [1.5, 2.5, 2.5, 3.5], [2, 2, 2, 2], [3, 1, 1, 4]]
     )
-    mask = box_mask(boxes, 4, 6)
+    mask = semimatch.box_mask(boxes, 4, 6)
     assert mask.dtype == torch.bool and mask.shape == (5, 4, 6)
     for b in range(5):
         assert mask[b].tolist() == [[in_box_literal(boxes[b], x, y) for x in range(6)] for y in range(4)]
@@ -475,10 +470,11 @@ def test_cells_from_outside_the_target_are_uniform_and_never_count():
     pseudo = pseudo_labels(corr, SRC, TRG, shift(2, 0, *TRG)[None], STILL[None], box, box, cfg)
     mask, weight = pseudo.mask.view(TRG), pseudo.weight.view(TRG)
     assert not mask[:, 3:].any() and mask[:, :3].any()
-    assert weight[:, 3:].flatten().tolist() == pytest.approx([math.exp(-1.5 * entropy_literal([1 / 24] * 24))] * 12)
+    even = math.exp(-1.5 * entropy_literal([1 / 24] * 24))
+    assert weight[:, 3:].flatten().tolist() == pytest.approx([even] * 12)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Losses
 
 
@@ -534,7 +530,7 @@ def test_no_gradient_reaches_the_weights_of_labels():
 def test_dynamic_weight_makes_both_terms_equal_and_is_a_constant():
     a, b = torch.tensor(3.0, requires_grad=True), torch.tensor(0.5, requires_grad=True)
     sup, unsup = a**2, 4 * b  # 9, 2
-    weight = dynamic_weight(sup, unsup)
+    weight = semimatch.dynamic_weight(sup, unsup)
     assert weight.item() == 4.5 and (weight * unsup).item() == sup.item() and not weight.requires_grad
     (sup + weight * unsup).backward()
     assert a.grad.item() == 6 and b.grad.item() == 4.5 * 4
@@ -544,17 +540,18 @@ def test_dynamic_weight_of_no_loss_is_zero():
     for sup in (0.0, 2.0):
         b = torch.tensor(1.0, requires_grad=True)
         unsup = b * 0
-        weight = dynamic_weight(torch.tensor(sup), unsup)
+        weight = semimatch.dynamic_weight(torch.tensor(sup), unsup)
         (weight * unsup).backward()
         assert weight.item() == 0 and (weight * unsup).item() == 0 and b.grad.item() == 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Device
 
 
 def test_everything_stays_on_the_inputs_device():
     corr, affine, offsets, box = (torch.rand(2, *s, device="meta") for s in ((24, 30), (2, 3), (9, 2), (4,)))
-    pseudo = pseudo_labels(corr, SRC, TRG, affine, offsets, box, box, CFG)  # the meta device takes no other's tensors
+    # the meta device takes no other's tensors
+    pseudo = pseudo_labels(corr, SRC, TRG, affine, offsets, box, box, CFG)
     loss = contrastive_loss(corr, pseudo, 0.1)
-    assert all(x.is_meta for x in (*pseudo, loss, dynamic_weight(loss, loss)))
+    assert all(x.is_meta for x in (*pseudo, loss, semimatch.dynamic_weight(loss, loss)))

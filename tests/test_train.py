@@ -15,27 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
-from data import Shapes, prepare
-from evaluate import DATASETS
-from shapes import draw_shape
-from train import (
-    PRESETS,
-    Cascade,
-    Config,
-    ablate,
-    cached_features,
-    learning_rate,
-    load_cascade,
-    option_help,
-    parse_config,
-    read_checkpoint,
-    train,
-)
+from data import prepare
+from support.files import read_checkpoint as read_any
+from support.options import option_help
+from support.presets import PRESETS
+from support.shapes import Shapes, draw_shape
+from train import Cascade, Config, build_optimizer, learning_rate, load_cascade, parse_config, train
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
-    "--backbone random_vit8 --size 64 --batch 3 --candidates 6 --volume-width 4 --volume-heads 1 --ffn-ratio 0.25 "
-    "--val none --log-every 1 --device cpu --warmup 2"
+    "--backbone random_vit8 --size 64 --batch 3 --candidates 6 --ffn-ratio 0.25 --val none --log-every 1 --device cpu"
 ).split()
 
 
@@ -47,6 +36,10 @@ def run(*arguments: str, launcher: tuple[str, ...] = (), **options) -> subproces
 
 def configured(out: Path, *arguments: str) -> tuple[Config, str | None]:
     return parse_config([*SMALL, "--out", str(out), *arguments], None)
+
+
+def read_checkpoint(path: str) -> dict:
+    return read_any(path, Config, "train.py")
 
 
 def losses(out: Path) -> list[dict]:
@@ -63,7 +56,7 @@ def assert_same_weights(a: Path, b: Path, **tolerance) -> None:
 def test_two_processes_equal_one_that_accumulates(tmp_path):
     """torchrun with two processes against one process with two micro-batches: losses and weights after five steps."""
     steps = ["--steps", "5", "--optimizer", "sgd", "--lr", "0.05"]
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617")
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
     two = run("train.py", *SMALL, *steps, "--out", tmp_path / "two", launcher=torchrun)
     assert two.returncode == 0, two.stderr
     assert "2 process(es)" in two.stdout
@@ -128,7 +121,7 @@ def test_resume_survives_a_torn_line_and_refuses_another_optimiser(tmp_path, cap
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "lo')
     last = str(tmp_path / "last.pt")
-    train(*parse_config(["--resume", last, "--steps", "3"], None))
+    train(*parse_config(["--resume", last, "--steps", "3"]))
     assert [line["step"] for line in losses(tmp_path)] == [1, 2, 3]
     with pytest.raises(ValueError, match="--resume goes on with the run as it was: --optimizer cannot change"):
         parse_config(["--resume", last, "--optimizer", "sgd"], None)
@@ -137,79 +130,11 @@ def test_resume_survives_a_torn_line_and_refuses_another_optimiser(tmp_path, cap
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
-    out = run("train.py", *SMALL, "--steps", "60", "--optimizer", "sgd", "--lr", "1e30", "--warmup", "0", "--clip", "0",
-              "--out", tmp_path, "--save-every", "1")  # fmt: skip
+    out = run("train.py", *SMALL, "--steps", "60", "--optimizer", "sgd", "--lr", "1e30", "--out", tmp_path, "--save-every", "1")  # fmt: skip
     assert out.returncode == 1
     assert re.search(r"^error: step \d+: loss .* is not finite", out.stderr, re.MULTILINE)
     assert "Traceback" not in out.stderr
     assert read_checkpoint(str(tmp_path / "last.pt"))["step"] >= 1
-
-
-def test_cached_features_change_nothing(tmp_path):
-    for name, flags in (("plain", []), ("cached", ["--cache-features"])):
-        train(*configured(tmp_path / name, "--steps", "4", "--no-augment", *flags))
-    assert_same_weights(tmp_path / "plain", tmp_path / "cached", rtol=1e-3, atol=1e-5)
-    with pytest.raises(ValueError, match="--cache-features needs --no-augment"):
-        configured(tmp_path, "--augment", "--cache-features")
-
-
-def test_a_cached_image_has_the_same_bits_whatever_it_was_first_seen_with():
-    cascade, views = Cascade(configured(Path("unused"))[0]), torch.randn(5, 3, 64, 64)
-    for first in ([3], [0, 3], [4, 1, 3, 0, 2]):
-        cache: dict = {}
-        cached_features(cascade.features, first, [views[first]], cache, torch.device("cpu"))
-        later = cached_features(cascade.features, [2, 3], [views[[2, 3]]], cache, torch.device("cpu"))
-        assert torch.equal(later.feat[1], cascade.features(views[3:4]).feat[0])
-        torch.testing.assert_close(later.feat, cascade.features(views[[2, 3]]).feat, rtol=1e-3, atol=1e-4)
-
-
-def test_ablations_share_their_views_and_change_what_they_say(tmp_path, monkeypatch, capsys):
-    shapes = Shapes("train", True)
-    few = DATASETS["shapes"](None, "test")
-    few.pairs = few.pairs[:3]
-    monkeypatch.setattr("train.keypoint_set", lambda cfg, split: few)
-    monkeypatch.setattr("train.training_set", lambda cfg: shapes)
-    seen: dict[int, int] = {}
-    original = Cascade.features
-
-    def counted(self, images, saliency=None):
-        if saliency is not None:  # training images come with their silhouettes
-            seen[self.cfg.size] = seen.get(self.cfg.size, 0) + len(images)
-        return original(self, images, saliency)
-
-    monkeypatch.setattr(Cascade, "features", counted)
-    cfg, _ = configured(tmp_path / "all", "--steps", "2", "--size", "96", "--augment", "--consensus", "3", "--ablate")
-    ablate(cfg)
-    assert seen == {96: 12, 48: 12, 72: 12}
-    configs = {path.parent.name: read_checkpoint(str(path))["config"] for path in (tmp_path / "all").glob("*/last.pt")}
-    full = configs.pop("0")
-    assert not full["ablate"]
-    changed = {n: {k: v for k, v in c.items() if v != full[k] and k != "out"} for n, c in sorted(configs.items())}
-    assert list(changed.values()) == [
-        *({"consensus": 0}, {"saliency_threshold": 0.0}, {"hough": False}, {"hough_side": 3}, {"hough_side": 7}),
-        *({"shared_attention": True}, {"size": 48}, {"size": 72}),
-    ]
-    table = capsys.readouterr().out.split("PCK@")[-1].splitlines()[1:]
-    pck = losses(tmp_path / "all" / "0")[-1]["pck"]
-    assert len(table) == 11 and all(line.startswith(("full", "ours", "4 (", "5 (")) for line in table)
-    for line, stage in ((table[0], "pixel"), (table[9], "region"), (table[10], "image")):
-        assert line.split()[-3:] == [f"{v:.1f}" for v in pck[stage]]
-    # A second call trains what is missing (4), was cut off (5) or trained otherwise (6), and prints the same table.
-    (tmp_path / "all" / "4" / "last.pt").unlink()
-    (tmp_path / "all" / "5" / "metrics.jsonl").write_text((tmp_path / "all" / "5" / "metrics.jsonl").read_text()[:-9])
-    state = torch.load(tmp_path / "all" / "6" / "last.pt", weights_only=True)
-    torch.save(state | {"config": state["config"] | {"lr": 1.0}}, tmp_path / "all" / "6" / "last.pt")
-    seen.clear()
-    ablate(cfg)
-    assert seen == {96: 12}
-    again = capsys.readouterr().out
-    assert again.count("finished before") == 6 and again.split("PCK@")[-1].splitlines()[1:] == table
-    train(*configured(tmp_path / "plain", "--steps", "2", "--size", "96", "--augment", "--consensus", "3"))
-    assert_same_weights(tmp_path / "all" / "0", tmp_path / "plain", rtol=1e-3, atol=1e-5)
-    with pytest.raises(ValueError, match="--ablate trains all three stages"):
-        ablate(configured(tmp_path, "--ablate", "--stages", "2")[0])
-    with pytest.raises(ValueError, match="--size 72: a row trains at half of it, and a region needs 80"):
-        ablate(configured(tmp_path, "--ablate", "--size", "72")[0])
 
 
 def test_backbone_runs_once_per_image_and_step(tmp_path, monkeypatch):
@@ -247,20 +172,19 @@ def test_eq3_weights_the_losses(tmp_path):
 
 
 def test_learning_rate_schedule():
-    cfg = Config(lr=2.0, warmup=4, steps=14, schedule="cosine")
-    assert [learning_rate(cfg, s) for s in range(4)] == [0.5, 1.0, 1.5, 2.0]
-    assert learning_rate(cfg, 4) == 2.0 and learning_rate(cfg, 9) == pytest.approx(1.0)
-    assert learning_rate(dataclasses.replace(cfg, schedule="constant"), 13) == 2.0
+    cfg = Config(lr=2.0, steps=60)
+    assert [learning_rate(cfg, s) for s in (0, 4, 9, 19)] == [0.1, 0.5, 1.0, 2.0]
+    assert learning_rate(cfg, 20) == 2.0 and learning_rate(cfg, 40) == pytest.approx(1.0)
+    assert learning_rate(dataclasses.replace(cfg, optimizer="sgd"), 0) == 2.0  # the paper's rate is constant
+    assert learning_rate(dataclasses.replace(cfg, optimizer="sgd"), 53) == 2.0
 
 
 def test_every_option_is_used_explained_and_known_by_its_name():
-    source = "".join(
-        (ROOT / f"{name}.py").read_text() for name in ("train", "modules", "image_stage", "region_stage", "pixel_stage")
-    )
+    names = ("train", "modules", "image_stage", "region_stage", "pixel_stage", "support/benchmarks")
+    source = "".join((ROOT / f"{name}.py").read_text() for name in names)
     help_of = option_help(Config)
     for field in dataclasses.fields(Config):
-        used = rf"cfg\.{field.name}\b" if not field.name.startswith("lambda_") else r'f"lambda_\{stage\}"'
-        assert re.search(used, source), f"--{field.name} is parsed and never read"
+        assert re.search(rf'cfg\.{field.name}\b|cfg, "{field.name}"', source), f"--{field.name} is never read"
     for name in ("hough_side", "pairs", "ap", "lr", "size"):
         assert "paper" in help_of[name]
     unknown = run("train.py", "--leraning-rate", "1")
@@ -275,20 +199,19 @@ def test_single_options_override_a_preset():
 
 @pytest.mark.parametrize("flags, words", [
     (["--dataset", "folder", "--root", "nowhere"], "--root nowhere: expected a folder of class folders"),
-    (["--dataset", "cub"], "--dataset cub"),
     (["--backbone", "resnet50"], "unknown backbone 'resnet50'"),
     (["--size", "60"], "--size 60: not a multiple"),
     (["--size", "24"], "raise --size"),
     (["--batch", "9999"], "--batch 9999"),
     (["--resume", "nowhere.pt"], "no such checkpoint: nowhere.pt"),
     (["--hough-side", "4"], "--hough-side 4"),
-    (["--heads", "7"], "--heads 7 does not divide"),
-    (["--optimizer", "lion"], "--optimizer lion"),
+    (["--consensus", "4"], "--consensus 4"),
+    (["--frozen-share", "1.5"], "--frozen-share 1.5: from 0 to 1"),
+    (["--axes", "10"], "--axes 10: a multiple of 4"),
     (["--device", "abacus"], "--device abacus"),
     (["--accumulate", "0"], "--accumulate 0: at least 1"),
     (["--seed", "-1"], "--seed -1: not negative"),
-    (["--val", "pfwillow"], "PF-WILLOW folder .: expected"),
-    (["--only", "region", "--shared-attention"], "--shared-attention ties the stages together"),
+    (["--val", "pfwillow", "--val-root", "nowhere"], "PF-WILLOW folder nowhere: expected"),
 ])  # fmt: skip
 def test_bad_options_are_one_line(tmp_path, flags, words, capsys):
     from train import main
@@ -296,6 +219,43 @@ def test_bad_options_are_one_line(tmp_path, flags, words, capsys):
     with pytest.raises(SystemExit) as error:
         main([*SMALL, "--out", str(tmp_path), "--steps", "1", *flags])
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_value_that_is_no_choice_is_refused_with_the_choices(capsys):
+    for flags, known in ((["--optimizer", "lion"], "adamw"), (["--dataset", "cub"], "folder"), (["--stages", "4"], "3")):
+        with pytest.raises(SystemExit) as error:
+            parse_config(flags)
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert error.value.code == 2 and f"argument {flags[0]}: invalid choice" in said and known in said
+    with pytest.raises(ValueError, match="--shared-attention ties the stages together"):
+        parse_config(["--shared-attention"], "region")
+
+
+def test_a_root_alone_means_class_folders():
+    assert parse_config(["--root", "x"])[0].dataset == "folder"
+    assert parse_config(["--root", "x"])[0].backbone == "ibot_vitb16"  # and not the preset of shapes
+    assert parse_config(["--root", "x", "--dataset", "spair"])[0].dataset == "spair"
+    assert parse_config([])[0] == parse_config(["--preset", "quick"])[0]
+
+
+def test_literal_is_the_paper_without_anything_of_ours():
+    cfg, _ = parse_config(["--preset", "literal", "--root", "x"])
+    assert not (cfg.residual or cfg.ffn_ratio or cfg.augment or cfg.consensus or cfg.loop_radius or cfg.frozen_share)
+    assert (cfg.temperature, cfg.ap, cfg.mil_lr, cfg.saliency_rescale) == (1, "max", 1, False)
+    assert (cfg.optimizer, cfg.lr, cfg.batch, cfg.size, cfg.backbone) == ("sgd", 3e-5, 4, 512, "ibot_vitb16")
+    rates = build_optimizer(Cascade(dataclasses.replace(cfg, backbone="random_vit8", size=64))).param_groups
+    assert [(g["scale"], g["momentum"], g["weight_decay"]) for g in rates] == [(1, 0.9, 0), (1, 0.9, 0)]
+
+
+def test_help_shows_the_values_of_the_preset_that_would_run(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
+    for flags, size in (([], 128), (["--preset", "photos"], 224), (["--root", "x"], 512)):
+        with pytest.raises(SystemExit):
+            parse_config([*flags, "--help"])
+        printed = capsys.readouterr().out
+        assert f"input side in pixels; paper: 512 (default: {size})" in printed
+        assert all(f"\n{group}:\n" in printed for group in ("data", "paper", "ours", "optimisation", "run"))
+        assert len(printed.splitlines()) <= 130 and max(map(len, printed.splitlines())) <= 110
 
 
 def test_a_checkpoint_refuses_another_backbone_and_another_shape(tmp_path):
@@ -306,14 +266,18 @@ def test_a_checkpoint_refuses_another_backbone_and_another_shape(tmp_path):
     with pytest.raises(ValueError, match="trained on other backbone weights"):
         load_cascade(path, weights=str(tmp_path / "other.pth"))
     with pytest.raises(ValueError, match="does not fit the image stage"):
-        load_cascade(path, volume_width=8)
+        load_cascade(path, ffn_ratio=0.5)
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"config": state["config"] | {"heads": 4}}, path)  # as before this layout
+    with pytest.raises(ValueError, match="written by another version of train.py .option heads.; train it anew"):
+        load_cascade(path)
 
 
 def test_conditioning_is_found_from_training_images_and_goes_with_the_checkpoint(tmp_path):
     train(*configured(tmp_path, "--steps", "1", "--axes", "12"))
     path = str(tmp_path / "last.pt")
     cascade, images = load_cascade(path), Shapes("train", False)
-    assert cascade.image.mvam.gated[0].q.in_features == 12
+    assert cascade.image.mvam.gated.q.in_features == 12
     views = [prepare(images.load(k)[0], None, 64, 8)[0] for k in range(0, len(images), len(images) // 256)]
     feat = cascade.backbone(torch.stack(views))[0].flatten(0, 1)
     torch.testing.assert_close(cascade.conditioning.mean, feat.mean(0), rtol=1e-3, atol=1e-4)
@@ -348,44 +312,3 @@ def test_class_folders_train_with_maps_crops_and_a_corrupt_file(tmp_path):
     out = run("train.py", *SMALL, *flags, "--saliency", tmp_path, "--axes", "12", "--out", tmp_path / "no maps")
     assert out.returncode != 0 and out.stderr.count("\n") == 1
     assert re.search(r"no training image can be read; the first: no such image: .*dog.im_0_sal\.png", out.stderr)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    train(*configured(folder, "--steps", "1"))
-    images = Shapes("test")
-    for k in range(2):
-        images.load(k)[0].resize((150 - 30 * k, 100)).save(folder / f"{k}.png")
-    return folder
-
-
-def test_two_pictures_of_ones_own_are_matched_and_drawn(trained):
-    out = run("pixel_stage.py", trained / "0.png", trained / "1.png", "--checkpoint", trained / "last.pt",
-              "--out", trained / "m.png", "--count", "5")  # fmt: skip
-    assert out.returncode == 0, out.stderr
-    assert f"5 matches drawn in {trained / 'm.png'}" in out.stdout
-    with Image.open(trained / "m.png") as page:
-        assert page.size == (round(150 * 2.56) + 4 + round(120 * 2.56), 256)
-
-
-def test_given_points_are_transferred_in_pixels(trained):
-    out = run("pixel_stage.py", trained / "0.png", trained / "1.png", "--checkpoint", trained / "last.pt", "--out",
-              trained / "p.png", "--points", "40,52", "118.5,60")  # fmt: skip
-    assert out.returncode == 0, out.stderr
-    found = re.findall(r"^([\d.]+),([\d.]+) -> (-?[\d.]+),(-?[\d.]+)$", out.stdout, re.MULTILINE)
-    assert [pair[:2] for pair in found] == [("40.0", "52.0"), ("118.5", "60.0")]
-    assert all(0 <= float(x) < 120 and 0 <= float(y) < 100 for *_, x, y in found)
-
-
-@pytest.mark.parametrize("arguments, words", [
-    (["0.png", "1.png", "--points", "400,52"], "--points 400,52: outside the source image of 150x100 px"),
-    (["0.png", "1.png", "--points", "40;52"], "write a point as x,y"),
-    (["0.png", "absent.png"], "no such image"),
-    (["0.png", "last.pt"], "cannot read image"),
-])  # fmt: skip
-def test_matching_refuses_in_one_line(trained, arguments, words):
-    arguments = [trained / a if a.endswith((".png", ".pt")) else a for a in arguments]
-    out = run("pixel_stage.py", *arguments, "--checkpoint", trained / "last.pt", "--out", trained / "x.png")
-    assert out.returncode == 1 and words in out.stderr and "Traceback" not in out.stderr
-    assert not (trained / "x.png").exists()

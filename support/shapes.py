@@ -1,27 +1,32 @@
-"""`shapes`: drawn articulated objects with exact named keypoints, deterministic by seed, no files needed.
+"""`shapes`: drawn articulated objects with exact named keypoints, to train and to score on without any file.
 
-Every category is one short function that draws an object facing right, in a frame about one unit wide with y down,
-from polygons, ellipses, limbs and arcs. Points are complex numbers x + iy, so that a rotation is a product: with y
-down, angle 0 points right (front), 90 down, 180 left (back) and -90 up.
+Every category is one short function that draws an object facing right, in a frame about one unit wide with y
+down, from polygons, ellipses, limbs and arcs. Points are complex numbers x + iy, so that a rotation is a
+product: with y down, angle 0 points right (front), 90 down, 180 left (back) and -90 up.
 
-Hue and texture of a part vary about those of its role, pose and proportions vary widely, a quarter of the objects look
-the other way, and clutter of the same kinds of pieces lies behind them. What an object shares with its class is the
-arrangement of its parts and their local shape (a white eye with a dark pupil, a dark tyre with a light hub).
+Hue and texture of a part vary about those of its role, pose and proportions vary widely, a quarter of the
+objects look the other way, and clutter of the same kinds of pieces lies behind them. What an object shares
+with its class is the arrangement of its parts and their local shape (a white eye with a dark pupil, a dark
+tyre with a light hub). The same seed draws the same bytes.
 """
 
 import colorsys
 import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageChops, ImageDraw
+
+from data import ImageSet, KeypointPair, KeypointSet
 
 SUPERSAMPLE = 3         # objects are drawn this many times larger, then box-averaged down: antialiasing
 OUTLINE = 0.008         # width of a part's outline, in image sides
 TURN = 12.0             # degrees of in-plane rotation either way
 LONGER_SIDE = (0.6, 0.9)  # of the object, in image sides
-HUE_SPREAD = 0.05       # standard deviation of a part's hue around that of its role, in turns of the colour circle
+HUE_SPREAD = 0.05       # standard deviation of a part's hue round that of its role, in turns of the circle
 USUAL_TEXTURE = 0.7     # how often a part wears its role's own texture rather than any
 TEXTURES = ("plain", "stripes", "dots", "gradient")
 FIXED_COLOURS = {"white": (244, 244, 238), "black": (26, 26, 32), "glass": (176, 216, 236)}
@@ -56,7 +61,7 @@ class Figure:
 
     def __init__(self, rng: np.random.Generator, saturation: tuple[float, float] = (0.45, 0.95)):
         self.rng, self.saturation, self.light = rng, saturation, True
-        self.parts: list[tuple[np.ndarray, str, complex]] = []  # closed polygon, role, direction stripes run across
+        self.parts: list[tuple[np.ndarray, str, complex]] = []  # closed, role, axis across its stripes
         self.styles: dict[str, Style] = {}
         self.kps: dict[str, complex] = {}
 
@@ -71,21 +76,24 @@ class Figure:
             self.styles[role] = self._style(role)
         self.parts.append((np.asarray(points, dtype=complex), role, axis))
 
-    def ellipse(self, centre: complex, rx: float, ry: float, role: str, angle: float = 0.0, kp: str = "") -> None:
+    def ellipse(self, centre: complex, rx: float, ry: float, role: str,
+                angle: float = 0.0, kp: str = "") -> None:
         self.poly(centre + step(angle) * (rx * circle().real + 1j * ry * circle().imag), role, step(angle))
         self.mark(**{kp: centre})
 
     def limb(self, start: complex, stop: complex, r0: float, r1: float, role: str, kp: str = "") -> complex:
         """A bone with round ends of radius r0 and r1; returns its far end, where the next bone starts."""
         axis = (stop - start) / abs(stop - start)
-        self.poly([*(start + r0 * axis * circle(90, 270, 9)), *(stop + r1 * axis * circle(-90, 90, 9))], role, axis)
+        ends = start + r0 * axis * circle(90, 270, 9), stop + r1 * axis * circle(-90, 90, 9)
+        self.poly(np.concatenate(ends), role, axis)
         self.mark(**{kp: stop})
         return stop
 
     def arc(self, centre: complex, radius: float, width: float, start: float, stop: float, role: str) -> None:
         """A band along a circle, `radius` being that of its middle line; 0 to 360 makes a ring."""
         points = circle(start, stop)
-        self.poly([*(centre + (radius + width / 2) * points), *(centre + (radius - width / 2) * points[::-1])], role)
+        sides = centre + (radius + width / 2) * points, centre + (radius - width / 2) * points[::-1]
+        self.poly(np.concatenate(sides), role)
 
     def discs(self, centre: complex, radius: float, outer: str, inner: str, kp: str = "") -> None:
         """Concentric discs: a wheel (black round white), a lamp's joint, a boat's porthole."""
@@ -97,7 +105,7 @@ class Figure:
         self.ellipse(centre + 0.25 * radius, 0.5 * radius, 0.5 * radius, "black")
 
     def _style(self, role: str) -> Style:
-        """A look near the role's own. Roles alternate between light and dark, so that neighbours stand apart."""
+        """A look near the role's own. Roles alternate between light and dark: neighbours stand apart."""
         self.light = not self.light
         value = self.u(0.78, 1.0) if self.light else self.u(0.42, 0.62)
         own = zlib.crc32(role.encode())
@@ -156,9 +164,11 @@ def dog(f: Figure) -> None:
 
     draw_leg(hip + 0.05j, f.u(50, 120), f.u(5, 45), "far leg")
     draw_leg(shoulder + 0.05j, f.u(60, 130), f.u(-40, 10), "far leg")
-    f.limb(hip - 0.05, hip - 0.05 - 0.04j + step(f.u(165, 265), f.u(0.2, 0.3)), 0.035, 0.015, "tail", kp="tail_tip")
+    tail = hip - 0.05 - 0.04j + step(f.u(165, 265), f.u(0.2, 0.3))
+    f.limb(hip - 0.05, tail, 0.035, 0.015, "tail", kp="tail_tip")
     f.limb(hip, shoulder, r, r + 0.02, "body")
-    head, nod = f.limb(shoulder, shoulder + step(f.u(-80, -25), f.u(0.2, 0.27)), 0.08, 0.06, "body"), step(f.u(-20, 45))
+    head = f.limb(shoulder, shoulder + step(f.u(-80, -25), f.u(0.2, 0.27)), 0.08, 0.06, "body")
+    nod = step(f.u(-20, 45))
     snout = f.limb(head, head + f.u(0.14, 0.2) * nod, 0.07, 0.045, "snout")
     f.ellipse(head, 0.095, 0.085, "head")
     f.ellipse(snout + 0.03 * nod, 0.028, 0.028, "black", kp="nose")
@@ -179,7 +189,7 @@ def person(f: Figure) -> None:
         foot = f.limb(knee, knee + step(angle + bend, leg), 0.045, 0.035, "trousers", kp=f"{side}_foot")
         f.limb(foot, foot + step(angle + bend - 85, 0.08), 0.035, 0.025, "shoe")
     for side, angle, bend in (("lowered", f.u(70, 150), f.u(-70, 0)), ("raised", f.u(-75, 0), f.u(-30, 25))):
-        if side == "raised":    # the torso hides the root of the far arm, and the near arm lies over the torso
+        if side == "raised":    # the torso hides the root of the far arm; the near arm lies over the torso
             f.limb(0j, neck, 0.08, 0.085, "shirt")
             f.limb(-0.075j * up, 0.075j * up, 0.025, 0.025, "belt")
         elbow = f.limb(neck - 0.02 * up, neck + step(angle, arm), 0.045, 0.035, "sleeve")
@@ -187,7 +197,8 @@ def person(f: Figure) -> None:
         f.ellipse(hand, 0.04, 0.04, "skin", kp=f"{side}_hand")
     f.poly(head + up * np.array([0.02 + 0.07j, -0.02 + 0.13j, -0.045 + 0.07j]), "skin")
     f.ellipse(head, 0.085, 0.095, "skin", lean)
-    f.poly(head + up * np.array([0.03 - 0.09j, 0.11 - 0.06j, 0.11 + 0.06j, 0.04 + 0.17j, 0.02 + 0.17j]), "cap")
+    cap = np.array([0.03 - 0.09j, 0.11 - 0.06j, 0.11 + 0.06j, 0.04 + 0.17j, 0.02 + 0.17j])
+    f.poly(head + up * cap, "cap")
     f.discs(head + 0.04j * up, 0.024, "white", "black")     # no keypoint: too close to the nose
     f.mark(nose=head + up * (-0.015 + 0.115j), cap_top=head + 0.1 * up, belt=0)
 
@@ -206,7 +217,8 @@ def truck(f: Figure) -> None:
     f.limb(0.44 + 0.02j, 0.49 + 0.02j, 0.022, 0.022, "bumper")
     f.discs(-f.u(0.24, 0.36) + 0.04j, wheel, "black", "white", kp="rear_wheel")
     f.discs(0.45 - 0.5 * cab + 0.04j, wheel, "black", "white", kp="front_wheel")
-    f.mark(window=window, roof_front=0.45 - slope - 1j * (top - 0.01), bed_front_top=bed[2], bed_rear_top=bed[3])
+    f.mark(window=window, roof_front=0.45 - slope - 1j * (top - 0.01), bed_front_top=bed[2],
+           bed_rear_top=bed[3])
 
 
 def bicycle(f: Figure) -> None:
@@ -289,7 +301,8 @@ def teapot(f: Figure) -> None:
     rx, ry, rim, grip = f.u(0.2, 0.27), f.u(0.16, 0.24), f.u(0.1, 0.15), f.u(0.09, 0.13)
     root, handle, hinge, lift = rx - 0.02 + 0.04j, -rx - 0.02 - 0.02j, -rim - 0.93j * ry, step(f.u(-55, 0))
     f.arc(handle, grip, 0.045, 60, 300, "handle")
-    bend = f.limb(root - 0.03, root + step(f.u(-40, 5), f.u(0.1, 0.16)), 0.075, 0.045, "spout", kp="spout_bend")
+    bend = root + step(f.u(-40, 5), f.u(0.1, 0.16))
+    f.limb(root - 0.03, bend, 0.075, 0.045, "spout", kp="spout_bend")
     spout = f.limb(bend, bend + step(f.u(-80, -30), f.u(0.1, 0.18)), 0.045, 0.03, "spout")
     f.ellipse(spout, 0.034, 0.034, "black", kp="spout_tip")
     f.poly(1j * ry + np.array([-0.12 - 0.2j * ry, 0.12 - 0.2j * ry, 0.15 + 0.05j, -0.15 + 0.05j]), "foot")
@@ -308,7 +321,7 @@ SHAPE_CLASSES: tuple[str, ...] = tuple(DRAWERS)
 
 
 def texture_mask(kind: str, size: tuple[int, int], axis: complex, pitch: float) -> Image.Image:
-    """Where a part's second colour goes: an L image of `size` (w, h); `axis` (unit) and `pitch` in its pixels."""
+    """Where a part's second colour goes: an L image of size (w, h); axis (unit) and pitch in its pixels."""
     if kind == "gradient":
         return Image.linear_gradient("L").resize(size)
     layer = Image.new("L", size)
@@ -351,14 +364,14 @@ def paint(figure: Figure, image: Image.Image, to_pixel: Callable, edges: bool = 
 
 
 def draw_background(rng: np.random.Generator, side: int) -> Image.Image:
-    """An RGB image of side x side: a colour gradient with smooth noise, muted clutter and one to three distractors."""
+    """An RGB image of side x side: colour gradient, smooth noise, muted clutter, one to three distractors."""
     corners = Image.fromarray(rng.integers(80, 200, (2, 2, 3), dtype=np.uint8))
     ramp = np.asarray(corners.resize((12, 12), Image.Resampling.BILINEAR), dtype=float)
     noise = rng.normal(0, 14, (12, 12, 1)) + rng.normal(0, 6, (12, 12, 3))      # mostly of brightness
     coarse = Image.fromarray(np.clip(ramp + noise, 0, 255).astype(np.uint8))
     image = coarse.resize((side, side), Image.Resampling.BICUBIC)
 
-    def scatter(count: int, kinds: Sequence[str], radii: tuple[float, float], saturation: tuple, edges: bool) -> None:
+    def scatter(count: int, kinds: Sequence[str], radii: tuple, saturation: tuple, edges: bool) -> None:
         things = Figure(rng, saturation)
         for k in range(count):
             centre, r, angle = complex(*rng.uniform(0, 1, 2)), things.u(*radii), things.u(0, 360)
@@ -370,22 +383,25 @@ def draw_background(rng: np.random.Generator, side: int) -> Image.Image:
             elif kind == "ellipse":
                 things.ellipse(centre, r, r * things.u(0.4, 1), f"thing {k}", angle)
             else:
-                corners = np.sort(rng.uniform(0, 360, 5)) if kind == "polygon" else angle + np.array([0, 120, 240])
+                polygon, triangle = kind == "polygon", angle + np.array([0, 120, 240])
+                corners = np.sort(rng.uniform(0, 360, 5)) if polygon else triangle
                 things.poly(centre + r * np.exp(1j * np.deg2rad(corners)), f"thing {k}")
         paint(things, image, lambda z: np.asarray(z, dtype=complex) * side, edges)
 
-    scatter(int(rng.integers(4, 9)), ["polygon", "ellipse", "bar"], (0.03, 0.16), (0.05, 0.35), edges=False)
-    scatter(int(rng.integers(1, 4)), ["triangle", "ellipse", "bar", "wheel"], (0.03, 0.07), (0.45, 0.95), edges=True)
+    clutter, distractors = ["polygon", "ellipse", "bar"], ["triangle", "ellipse", "bar", "wheel"]
+    scatter(int(rng.integers(4, 9)), clutter, (0.03, 0.16), (0.05, 0.35), edges=False)
+    scatter(int(rng.integers(1, 4)), distractors, (0.03, 0.07), (0.45, 0.95), edges=True)
     return image
 
 
 def draw_shape(category: str, seed: int, size: int = 128) -> dict:
     """One instance of a category; the same arguments give the same bytes in every process.
 
-    Returns "image", PIL RGB (size x size); "mask", PIL L, 255 on the object's silhouette; "kps", {name: (x, y)} with
-    every keypoint of the category, in pixels, the centre of pixel (i, j) being at (i, j); "bbox", the (x0, y0, x1, y1)
-    of the mask in pixels, x1 and y1 exclusive, so that its width is x1 - x0; "parts", the polygons in the same pixels,
-    back to front, complex arrays, the same number with the same vertices in every instance of a category.
+    Returns "image", PIL RGB (size x size); "mask", PIL L, 255 on the object's silhouette; "kps", {name: (x,
+    y)} with every keypoint of the category, in pixels, the centre of pixel (i, j) being at (i, j); "bbox",
+    the (x0, y0, x1, y1) of the mask in pixels, x1 and y1 exclusive, so that its width is x1 - x0; "parts",
+    the polygons in the same pixels, back to front, complex arrays, the same number with the same vertices in
+    every instance of a category.
     """
     if category not in DRAWERS:
         raise ValueError(f"unknown category {category!r}; known: {', '.join(SHAPE_CLASSES)}")
@@ -403,7 +419,7 @@ def draw_shape(category: str, seed: int, size: int = 128) -> dict:
     points = posed(np.concatenate([outline for outline, _, _ in figure.parts]))
     xy = np.stack([points.real, points.imag])                   # (2, n)
     low, extent = xy.min(1), np.ptp(xy, 1)
-    scale, margin = rng.uniform(*LONGER_SIDE) * side / extent.max(), 0.02 * side      # the margin is for the outline
+    scale, margin = rng.uniform(*LONGER_SIDE) * side / extent.max(), 0.02 * side    # the margin: for outlines
     shift = complex(*(margin + rng.uniform(0, 1, 2) * (side - 2 * margin - scale * extent) - scale * low))
 
     image = draw_background(rng, side)
@@ -422,11 +438,12 @@ def draw_shape(category: str, seed: int, size: int = 128) -> dict:
 
 
 def corresponding_points(src: dict, trg: dict, points: np.ndarray) -> np.ndarray:
-    """Where any points (n, 2) of one drawn object truly lie on another of its category, (n, 2), both in pixels.
+    """Where any points (n, 2) of one drawn object truly lie on another of its category, (n, 2), both in
+    pixels.
 
-    A point belongs to the front-most part that covers it and keeps its mean-value coordinates (Floater 2003) within
-    that part's polygon, even if something hides it in the target. A point that no part covers, such as one on an
-    outline, moves with the nearest place on any part's boundary.
+    A point belongs to the front-most part that covers it and keeps its mean-value coordinates (Floater 2003)
+    within that part's polygon, even if something hides it in the target. A point that no part covers, such as
+    one on an outline, moves with the nearest place on any part's boundary.
     """
     z = np.asarray(points, dtype=float) @ (1, 1j)               # (n,)
     found, nearest, row = z.copy(), np.full(len(z), np.inf), np.arange(len(z))
@@ -438,7 +455,7 @@ def corresponding_points(src: dict, trg: dict, points: np.ndarray) -> np.ndarray
         boundary = theirs[side] + along[row, side] * (np.roll(theirs, -1) - theirs)[side]
         found = np.where(distance[row, side] < nearest, boundary, found)
         nearest = np.minimum(nearest, distance[row, side])
-        angles = np.angle(np.roll(spokes, -1, 1) * spokes.conj())       # that each side spans, seen from the point
+        angles = np.angle(np.roll(spokes, -1, 1) * spokes.conj())       # that each side spans from the point
         covered = (abs(angles.sum(1)) > np.pi) & (nearest > 1e-6)       # the part winds around the point
         half = np.tan(angles / 2)
         weights = (half + np.roll(half, 1, 1)) / np.maximum(abs(spokes), 1e-12)
@@ -446,3 +463,45 @@ def corresponding_points(src: dict, trg: dict, points: np.ndarray) -> np.ndarray
         nearest[nearest <= 1e-6] = 0
         nearest[covered] = 0                                    # parts behind have no say
     return np.stack([found.real, found.imag], 1)
+
+
+SHAPE_SPLITS = {"train": (0, 60), "val": (100_000, 8), "test": (200_000, 20)}   # first seed, images a class
+
+
+class Shapes(ImageSet):
+    """The built-in set of one split, drawn on first use and kept. Saliency maps are the objects'
+    silhouettes."""
+
+    def __init__(self, split: str, saliency: bool = True) -> None:
+        if split not in SHAPE_SPLITS:
+            raise ValueError(f"unknown split {split!r} of shapes; known: {', '.join(SHAPE_SPLITS)}")
+        first, count = SHAPE_SPLITS[split]
+        self.seeds = [first + k for _ in SHAPE_CLASSES for k in range(count)]
+        labels = [label for label in range(len(SHAPE_CLASSES)) for _ in range(count)]
+        paths = [Path(f"shapes/{SHAPE_CLASSES[label]}/{seed}") for label, seed in zip(labels, self.seeds)]
+        super().__init__(paths, labels, list(SHAPE_CLASSES))
+        self.use_saliency, self.drawn = saliency, {}
+
+    def draw(self, index: int) -> dict:
+        """draw_shape's record of one image."""
+        if index not in self.drawn:
+            self.drawn[index] = draw_shape(self.classes[self.labels[index]], self.seeds[index])
+        return self.drawn[index]
+
+    def load(self, index: int) -> tuple[Image.Image, Image.Image | None]:
+        record = self.draw(index)
+        mask = Image.fromarray(np.asarray(record["mask"], np.float32) / 255) if self.use_saliency else None
+        return record["image"], mask
+
+
+def shapes_pairs(split: str) -> KeypointSet:
+    """Annotated pairs of one split: every image is once the source, its target a random one of its class."""
+    images = Shapes(split)
+    rng, pairs = np.random.default_rng(SHAPE_SPLITS[split][0]), []
+    for src in range(len(images)):
+        same = [i for i, label in enumerate(images.labels) if label == images.labels[src] and i != src]
+        trg = int(rng.choice(same))
+        a, b = images.draw(src), images.draw(trg)
+        kps = [torch.tensor([record["kps"][name] for name in a["kps"]]) for record in (a, b)]
+        pairs.append(KeypointPair(src, trg, *kps, images.classes[images.labels[src]], a["bbox"], b["bbox"]))
+    return KeypointSet(f"shapes {split}", images, pairs)

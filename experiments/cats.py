@@ -1,12 +1,12 @@
 """CATs (Cho et al., NeurIPS 2021): the keypoint matcher that the labels are for (paper, section 4.3).
 
-Hyperpixels of a ResNet, or several blocks of a ViT, at 16x16 cells -> a cosine volume a level, each filtered by mutual
-nearest neighbours -> a transformer that reads the volumes' rows beside projected features, once for the target's cells
-and once, with the same weights, for the source's -> mean over levels -> soft-argmax: where in the source every cell of
-the target lies. Trained by finetune.py, scored by evaluate.py.
+Hyperpixels of a ResNet, or several blocks of a ViT, at 16x16 cells -> a cosine volume a level, each filtered
+by mutual nearest neighbours -> a transformer that reads the volumes' rows beside projected features, once for
+the target's cells and once, with the same weights, for the source's -> mean over levels -> soft-argmax: where
+in the source every cell of the target lies. Trained by finetune.py, scored by peers.py.
 
-A volume is (B, Ns, Nt) here, source first, N = 16 * 16. Its roles are CATs' own: the target's cells look into the
-source. `Cats.transfer` moves points source to target like the cascade's, by handing the images in swapped.
+A volume is (B, Ns, Nt) here, source first, N = 16 * 16. Its roles are CATs' own: the target's cells look into
+the source. `Cats.transfer` moves points source to target like the cascade's, the images handed in swapped.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from modules import BACKBONES, Features, ViT, ViTBlock, cells_to_xy, cosine_volume, load_backbone
+from modules import Features, cells_to_xy, cosine_volume, read_at
+from support.backbone import BACKBONES, ViT, ViTBlock, load_backbone
+from support.files import read_weights
 
 GRID = 16  # cells a side; the aggregator's width is tied to it
 HYPERPIXELS = "0,8,20,21,26,28,29,30"  # of a ResNet-101, CATs' choice on SPair-71k
@@ -26,35 +28,26 @@ HYPERPIXELS = "0,8,20,21,26,28,29,30"  # of a ResNet-101, CATs' choice on SPair-
 class CatsConfig:
     """The matcher; the defaults are CATs' own on SPair-71k."""
 
-    backbone: str = "resnet101"  # a ResNet of torchvision, or a ViT of modules.py; CATs: resnet101
+    # group: matcher
+    backbone: str = "resnet101"  # a ResNet of torchvision, or a ViT of support/backbone.py; CATs: resnet101
     backbone_weights: str | None = None  # local checkpoint of the backbone; none: downloaded on first use
-    levels: str | None = None  # blocks that are read; CATs on PF-PASCAL: 2,17,21,22,25,26,28; none: see cats.py
+    levels: str | None = None  # blocks that are read; on PF-PASCAL: 2,17,21,22,25,26,28; none: see cats.py
     size: int = 256  # input side in pixels; CATs: 256
+
+    # group: no option
     projection: int = 128  # channels of the projected features that stand beside a volume's rows; CATs: 128
     depth: int = 1  # aggregator blocks; CATs: 1
     heads: int = 6  # attention heads of a block; CATs: 6
     beta: float = 0.02  # temperature of the soft-argmax; CATs: 0.02
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Features
 
 
-def read_weights(path: str) -> dict:
-    """A state dict from a file; ValueError in one line if it is missing or something else."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a missing, damaged or foreign file fails in many ways
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"cannot read --backbone-weights {path} ({reason})") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"--backbone-weights {path}: not a state dict of torchvision")
-    return state
-
-
 class ResNetLevels(nn.Module):
-    """Hyperpixels (HPF) of a ResNet: level 0 is the stem after max pooling, level k the k-th residual block's sum
-    before its final ReLU. Blocks behind the last level are left away. Batch norm keeps its ImageNet statistics."""
+    """Hyperpixels (HPF) of a ResNet: level 0 is the stem after max pooling, level k the k-th residual block's
+    sum before its final ReLU. Blocks behind the last level are left away. Batch norm keeps its statistics."""
 
     patch = 16
 
@@ -62,20 +55,14 @@ class ResNetLevels(nn.Module):
         super().__init__()
         net = torchvision.models.get_model(name)
         if load:
-            if weights:
-                state = read_weights(weights)
-            else:
-                enum = torchvision.models.get_model_weights(name).IMAGENET1K_V1
-                try:
-                    state = enum.get_state_dict(progress=True, check_hash=True)
-                except Exception as error:  # urllib raises many kinds
-                    way_out = "give torchvision's file with --backbone-weights FILE"
-                    raise ValueError(f"cannot download {enum.url} ({error}); {way_out}") from None
+            origin = weights or torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
+            way_out = "give torchvision's file with --backbone-weights FILE"
+            state = read_weights(origin, f"the weights of {name}", way_out)
             try:
                 net.load_state_dict(state)
-            except RuntimeError as error:
-                wrong = str(error).splitlines()[1].strip()
-                raise ValueError(f"--backbone-weights {weights} is not a {name} of torchvision: {wrong}") from None
+            except (RuntimeError, TypeError) as error:
+                wrong = str(error).splitlines()[:2][-1].strip()
+                raise ValueError(f"{origin} is not a {name} of torchvision ({wrong}); {way_out}") from None
         blocks = [block for layer in (net.layer1, net.layer2, net.layer3, net.layer4) for block in layer]
         check_levels(name, levels, len(blocks))
         self.levels = levels
@@ -133,13 +120,13 @@ class ViTLevels(nn.Module):
 def check_levels(name: str, levels: list[int], last: int) -> None:
     """ValueError unless the levels are some of a backbone's, ascending and each once."""
     if levels != sorted(set(levels)) or not 0 <= levels[0] <= levels[-1] <= last:
-        given = ",".join(map(str, levels))
-        such = ",".join(map(str, sorted({0, last})))
-        raise ValueError(f"--levels {given}: of {name}, some of 0 to {last} in ascending order, such as {such}")
+        given, such = (",".join(map(str, some)) for some in (levels, sorted({0, last})))
+        text = f"some of 0 to {last} in ascending order, such as {such}"
+        raise ValueError(f"--levels {given}: of {name}, {text}")
 
 
 def load_levels(cfg: CatsConfig, load: bool) -> ResNetLevels | ViTLevels:
-    """The backbone of a configuration; `load`: with its weights. ValueError names what is wrong with an option."""
+    """The backbone of a configuration; `load`: with its weights. ValueError names a wrong option."""
     vit = cfg.backbone in BACKBONES
     resnets = torchvision.models.list_models(include="resnet*")
     if not vit and cfg.backbone not in resnets:
@@ -153,7 +140,7 @@ def load_levels(cfg: CatsConfig, load: bool) -> ResNetLevels | ViTLevels:
     return kind(cfg.backbone, levels, cfg.backbone_weights, load)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The matcher
 
 
@@ -186,13 +173,13 @@ class AggregatorBlock(nn.Module):
 
 
 class Aggregator(nn.Module):
-    """CATs' transformer: refines the volumes of all levels, sees both directions, keeps a residual to each."""
+    """CATs' transformer: refines the volumes of all levels, sees both ways, keeps a residual to each."""
 
     def __init__(self, levels: int, projection: int, depth: int, heads: int) -> None:
         super().__init__()
         cells, dim = GRID**2, GRID**2 + projection
         if dim % heads or dim % 2:
-            raise ValueError(f"--heads {heads}: must divide {cells} + --projection {projection}, an even number")
+            raise ValueError(f"heads {heads}: must divide {cells} + projection {projection}, an even number")
         self.position_x = nn.Parameter(torch.zeros(1, levels, 1, GRID, dim // 2))
         self.position_y = nn.Parameter(torch.zeros(1, levels, GRID, 1, dim // 2))
         self.blocks = nn.Sequential(*(AggregatorBlock(dim, heads, levels) for _ in range(depth)))
@@ -205,7 +192,7 @@ class Aggregator(nn.Module):
         nn.init.zeros_(self.proj.weight)  # the first volume is the backbone's own; CATs draws this one too
 
     def forward(self, corr: Tensor, src: Tensor, trg: Tensor) -> Tensor:
-        """corr (B, L, Ns, Nt), projected features src (B, L, Ns, P) and trg (B, L, Nt, P); returns (B, Ns, Nt)."""
+        """corr (B, L, Ns, Nt), projected src (B, L, Ns, P) and trg (B, L, Nt, P); returns (B, Ns, Nt)."""
         shape = (-1, -1, GRID, GRID, -1)
         position = torch.cat([self.position_x.expand(shape), self.position_y.expand(shape)], -1).flatten(2, 3)
         # the target's cells are tokens: what each sees of the source
@@ -217,7 +204,7 @@ class Aggregator(nn.Module):
 
 
 class Cats(nn.Module):
-    """CATs. `load`: with the backbone's weights; a checkpoint of finetune.py holds them itself."""
+    """CATs. `load`: with the backbone's weights; a checkpoint of fine-tuning holds them itself."""
 
     def __init__(self, cfg: CatsConfig, load: bool = True) -> None:
         super().__init__()
@@ -228,7 +215,7 @@ class Cats(nn.Module):
         self.aggregator = Aggregator(len(widths), cfg.projection, cfg.depth, cfg.heads)
 
     def features(self, images: Tensor) -> Features:
-        """Images (B, 3, S, S) to Features whose cells hold the channels of all levels, one after the other."""
+        """Images (B, 3, S, S) to Features whose cells hold the channels of all levels, side by side."""
         images = images.to(next(self.parameters()).device, non_blocking=True)
         size = (GRID, GRID)
         maps = [F.interpolate(m, size, mode="bilinear", align_corners=True) for m in self.backbone(images)]
@@ -247,25 +234,23 @@ class Cats(nn.Module):
     def transfer(self, src: Features, trg: Features, points: Tensor, method: str = "cats") -> Tensor:
         """Source to target: points (B, n, 2) as (x, y) in source cells to target cells.
 
-        The flow of the four cells around a point is read bilinearly; beyond the outermost centres it is theirs.
+        The flow around a point is read bilinearly; beyond the outermost centres it is theirs.
         """
         flow = flow_of(self(trg, src), self.cfg.beta)  # the source's cells look into the target
-        at = (points + 0.5) * (2 / GRID) - 1
-        sampled = F.grid_sample(flow, at[:, None], padding_mode="border", align_corners=False)  # (B, 2, 1, n)
-        return points + sampled[:, :, 0].transpose(1, 2)
+        return points + read_at(flow, points)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Flow and loss. Flow is in cells, defined on the target's cells, and points into the source.
 
 
 def soft_argmax(corr: Tensor, beta: float) -> Tensor:
-    """Where in the source every target cell lies: sum over source cells of softmax(corr / beta) times their place.
+    """Where in the source a target cell lies: softmax(corr / beta) times the source cells' places, summed.
 
     corr (B, Ns, Nt); returns (B, Nt, 2) as (x, y) in cells.
     """
     places = cells_to_xy(torch.arange(GRID**2, device=corr.device), GRID)  # (Ns, 2)
-    with torch.autocast(corr.device.type, enabled=False):  # in bfloat16 a place would be off by tenths of a cell
+    with torch.autocast(corr.device.type, enabled=False):  # bfloat16 is off by tenths of a cell
         return (corr.float() / beta).softmax(1).transpose(1, 2) @ places
 
 
@@ -276,13 +261,13 @@ def flow_of(corr: Tensor, beta: float) -> Tensor:
 
 
 def flow_target(src_kps: Tensor, trg_kps: Tensor, original: bool = False) -> tuple[Tensor, Tensor]:
-    """The flow that keypoints ask for, and where: CATs' receptive fields of 35 px at 256 px, 17/16 cells to each side.
+    """The flow that keypoints ask for, and where: CATs' fields of 35 px at 256 px, 17/16 cells to each side.
 
-    src_kps, trg_kps (n, 2) in cells; returns flow (2, 16, 16) in cells and valid (16, 16) bool. A cell that some target
-    keypoints lie in gets the mean of their source keypoints minus their own mean.
+    src_kps, trg_kps (n, 2) in cells; returns flow (2, 16, 16) in cells and valid (16, 16) bool. A cell that
+    some target keypoints lie in gets the mean of their source keypoints minus their own mean.
 
-    original: CATs' released code, which takes the last source keypoint of a shared cell with the mean of its target
-    keypoints, and leaves out cells whose flow is exactly zero.
+    original: CATs' released code, which takes the last source keypoint of a shared cell with the mean of its
+    target keypoints, and leaves out cells whose flow is exactly zero.
     """
     own = cells_to_xy(torch.arange(GRID**2), GRID).unflatten(0, (GRID, GRID))  # (16, 16, 2)
     inside = ((trg_kps[:, None, None] - own).abs() <= 17 / 16).all(-1)  # (n, 16, 16)
@@ -297,6 +282,6 @@ def flow_target(src_kps: Tensor, trg_kps: Tensor, original: bool = False) -> tup
 
 
 def end_point_error(flow: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Mean distance of two flows (B, 2, h, w) over the valid cells (B, h, w) of the batch, in cells; 0 without any."""
+    """Mean distance in cells of two flows (B, 2, h, w) over all valid cells (B, h, w); 0 without any."""
     distance = (flow - target).norm(dim=1)
     return (distance * valid).sum() / valid.sum().clamp(min=1)

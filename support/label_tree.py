@@ -1,0 +1,121 @@
+"""The label set on disk: SC-ImageNet's tree, as the authors' CATs and DHPF read it."""
+
+import contextlib
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from data import ImageSet
+from support.benchmarks import CODES
+from support.files import write_whole
+from support.shapes import Shapes
+
+
+def plain_names(names: list[str]) -> list[str]:
+    """Names of letters, digits, '_' and '.' alone (no '-', ':', glob characters or spaces), all different.
+
+    At most 64 characters of a name are kept, and a number is added where two are alike.
+    """
+    found: dict[str, int] = {}  # and the number that the next one of the same name tries
+    for name in names:
+        plain = new = re.sub(r"[^A-Za-z0-9_.]+", "_", name)[:64] or "_"
+        while new in found:
+            found[plain] += 1
+            new = f"{plain}_{found[plain]}"
+        found[new] = 1
+    return list(found)
+
+
+def image_names(images: ImageSet) -> list[tuple[str, str]]:
+    """(category, id) of every image; its file in the tree is <category>/<category>_<id>.JPEG."""
+    categories, ids = plain_names(images.classes), {}
+    for name, members in zip(images.classes, images.members()):
+        stems = [images.paths[i].stem.removeprefix(f"{name}_") for i in members]
+        ids |= dict(zip(members, plain_names(stems)))
+    return [(categories[label], ids[i]) for i, label in enumerate(images.labels)]
+
+
+def annotation(
+    pair: dict, number: int, sides: tuple[dict, dict], names: list[tuple[str, str]]
+) -> tuple[str, dict]:
+    """A pair's id and its record in SPair-71k's form; loop_error is every match's, in source pixels."""
+    (category, src), (_, trg) = (names[pair[side]] for side in ("src", "trg"))
+    name = f"{number:06d}-{src}-{trg}:{category}"
+    record: dict = {"pair_id": number, "filename": name, "category": category}
+    for side, image, ident in (("src", sides[0], src), ("trg", sides[1], trg)):
+        record |= {
+            f"{side}_imname": f"{category}_{ident}.JPEG",
+            f"{side}_imsize": [*image["size"], 3],
+            f"{side}_bndbox": image["box"],
+            f"{side}_pose": "Unspecified",
+            f"{side}_kps": pair[f"{side}_kps"],
+        }
+    x0, y0, x1, y1 = sides[0]["box"]
+    record |= {"kps_ids": [str(k) for k in range(len(pair["errors"]))]}
+    record |= dict.fromkeys(("mirror", *CODES), 0)
+    return name, record | {"loop_error": [round(e * max(x1 - x0, y1 - y0), 2) for e in pair["errors"]]}
+
+
+def place_image(images: ImageSet, index: int, path: Path, how: str) -> None:
+    """Link or copy an image into the tree; drawn ones are saved. The original is never touched."""
+    if isinstance(images, Shapes):
+        images.load(index)[0].save(path, "JPEG", quality=95)
+    elif how == "copy":
+        shutil.copyfile(images.paths[index], path)
+    else:
+        path.symlink_to(images.paths[index].resolve())
+
+
+def fill_tree(root: Path, images: ImageSet, records: Iterable[dict], how: str) -> dict[str, str]:
+    """Write images, annotations and layouts of the kept pairs into a new root; the origin of every image."""
+    names, placed = image_names(images), {}
+    lines: dict[str, list[str]] = {"trn": [], "val": []}
+    for folder in ("PairAnnotation/trn", "PairAnnotation/val", "JPEGImages", "Layout/large"):
+        (root / folder).mkdir(parents=True)
+    kept = ((record, pair) for record in records for pair in record["pairs"] if pair["kept"])
+    for number, (record, pair) in enumerate(kept, 1):
+        ends, split = (pair["src"], pair["trg"]), record["split"]
+        sides = tuple(record["images"][str(i)] for i in ends)
+        name, content = annotation(pair, number, sides, names)
+        (root / "PairAnnotation" / split / f"{name}.json").write_text(json.dumps(content))
+        lines[split].append(f"{name}\n")
+        for i in ends:
+            if i not in placed:
+                category, ident = names[i]
+                placed[i] = f"{category}/{category}_{ident}.JPEG"
+                path = root / "JPEGImages" / placed[i]
+                path.parent.mkdir(exist_ok=True)
+                place_image(images, i, path, how)
+    for split, found in lines.items():
+        (root / "Layout" / "large" / f"{split}.txt").write_text("".join(found))
+    return {placed[i]: str(images.paths[i]) for i in sorted(placed)}
+
+
+def write_label_tree(out: Path, images: ImageSet, records: Iterable[dict], how: str) -> None:
+    """Write OUT/SC-ImageNet (and its second name SC-IMAGENET, which DHPF wants) from the records of pair
+    shards.
+
+    how: "link" or "copy" images. Written under a temporary name and put in place as a whole; OSError leaves
+    an earlier tree as it was.
+    """
+    final, temporary, old = (out / f"SC-ImageNet{suffix}" for suffix in ("", ".tmp", ".old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        origin = fill_tree(temporary, images, records, how)
+        write_whole(out / "names.json", json.dumps(origin, indent=0))
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
+        temporary.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+        if not (out / "SC-IMAGENET").exists():
+            with contextlib.suppress(OSError):  # without links on the file system a reader renames the folder
+                (out / "SC-IMAGENET").symlink_to("SC-ImageNet")
+    except OSError as error:
+        if old.exists() and not final.exists():
+            old.rename(final)
+        shutil.rmtree(temporary, ignore_errors=True)
+        rest = "the shards are kept, the same command goes on"
+        raise OSError(f"cannot write the label set: {error}; {rest}") from None

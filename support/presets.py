@@ -1,0 +1,61 @@
+"""The named runs of train.py: what each changes against the defaults of train.Config."""
+
+# The paper's optimisation, section 4.1: plain SGD at one rate for all stages.
+SGD = dict(optimizer="sgd", lr=3e-5, mil_lr=1.0)
+
+PRESETS = {
+    # What a bare `python train.py` runs, on the built-in shapes: a few minutes on a CPU.
+    "quick": dict(
+        augment=False,  # shapes vary by themselves
+        backbone="random_vit8",
+        size=128,
+        ffn_ratio=2.0,
+        volume_window=2,
+        candidates=16,
+        temperature=0.1,
+        steps=200,
+        batch=6,
+        lr=2e-3,
+        out="runs/quick",
+        val_every=100,
+    ),
+    # The run of the table on PF-WILLOW: half an hour on one CPU core.
+    "photos": dict(
+        dataset="folder",
+        backbone="dinov2_vits14",
+        layer="9,10",
+        axes=256,
+        size=224,
+        volume_window=2,
+        mil_ffn=False,
+        saliency_threshold=0.2,
+        loop_radius=1.5,
+        hough=False,  # its votes and the consensus say the same: what it selects teaches nothing new
+        consensus=5,
+        frozen_share=0.5,
+        steps=600,
+        batch=6,
+        lr=2e-4,
+        mil_lr=0.01,
+        out="runs/photos",
+    ),
+    # Section 4.1 on ImageNet's folders, on our form of the modules.
+    "paper": SGD | dict(dataset="folder", steps=20_000, workers=4, out="runs/paper", save_every=1000),
+    # Eq. (1), section 3 and section 4.1 to the letter, without anything of ours.
+    "literal": SGD | dict(
+        dataset="folder",
+        residual=False,
+        ffn_ratio=0.0,
+        augment=False,
+        temperature=1.0,
+        ap="max",
+        consensus=0,
+        loop_radius=0.0,
+        frozen_share=0.0,
+        saliency_rescale=False,
+        steps=20_000,
+        workers=4,
+        out="runs/literal",
+        save_every=1000,
+    ),
+}

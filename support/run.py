@@ -1,0 +1,143 @@
+"""Where and how a program runs: devices, processes, signals, progress, and the log of what it did."""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+from support.files import write_whole
+
+
+def processes() -> tuple[int, int]:
+    """This process's rank and how many there are, by torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def find_device(name: str) -> torch.device:
+    """--device to a device that works; "auto" and "cuda" mean this process's own GPU. ValueError if there is
+    none."""
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        return torch.empty(0, device="cpu" if name == "auto" else name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def start_processes(device: torch.device) -> tuple[int, int]:
+    """This process's rank and how many there are; connects them if there are several."""
+    rank, world = processes()
+    if world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # One process measures PCK while the others wait.
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    return rank, world
+
+
+def average_over_processes(params: list[nn.Parameter], logged: dict[str, float]) -> dict[str, float]:
+    """Replace gradients by their mean over all processes, in one message; returns the mean of what is
+    logged."""
+    if not dist.is_initialized():
+        return logged
+    values = torch.tensor(list(logged.values()), device=params[0].device)
+    flat = torch.cat([p.grad.flatten() for p in params] + [values])
+    dist.all_reduce(flat)
+    *grads, values = (flat / dist.get_world_size()).split([p.numel() for p in params] + [len(values)])
+    for p, grad in zip(params, grads):
+        p.grad.copy_(grad.view_as(p))
+    return dict(zip(logged, values.tolist()))
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that Ctrl-C and SIGTERM are noted in, so that a loop can finish its step, save and leave."""
+    caught: list[int] = []
+    before = {number: signal.signal(number, lambda number, frame: caught.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether the flag holds in any process; every process has to call this."""
+    if not dist.is_initialized():
+        return flag
+    count = torch.tensor(float(flag), device=device)
+    dist.all_reduce(count)
+    return bool(count)
+
+
+def leave_signals(worker: int) -> None:
+    """Ctrl-C reaches the loaders too: they live on, so that the training process can finish its step and
+    save."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def report_skipped(skipped: set[str]) -> None:
+    """Name what any process passed over; every process has to call this."""
+    if dist.is_initialized():
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, skipped)
+        skipped = set().union(*gathered)
+    if skipped and not processes()[0]:
+        first = "; ".join(sorted(skipped)[:5])
+        print(f"{len(skipped)} unreadable files passed over: {first}", file=sys.stderr)
+
+
+def progress(*arguments, **options) -> tqdm:
+    """A progress bar: often on a terminal, a line a minute in the log of a job, nothing in that of a short
+    one."""
+    slow = {} if sys.stderr.isatty() else {"delay": 60, "mininterval": 60}
+    return tqdm(*arguments, **options, **slow)
+
+
+def commit_of_source() -> str:
+    """The commit of this checkout, or "unknown"."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def print_header(cfg, device: torch.device) -> None:
+    """Versions, device, commit and every field of a configuration."""
+    print(f"torch {torch.__version__}, {device}, {processes()[1]} process(es), commit {commit_of_source()}")
+    print(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
+
+
+def open_log(out: Path, start: int) -> Path:
+    """OUT/metrics.jsonl, a JSON line a record: empty for a new run, cut back to its start for a resumed
+    one."""
+    out.mkdir(parents=True, exist_ok=True)
+    path, kept = out / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if start and path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= start:
+                kept.append(line + "\n")
+        except ValueError:  # a kill may cut the last line short
+            break
+    write_whole(path, "".join(kept))
+    return path
+
+
+def record(log: Path, step: int, values: dict) -> None:
+    """Append one line to metrics.jsonl."""
+    with open(log, "a") as file:
+        file.write(json.dumps({"step": step} | values) + "\n")
