@@ -39,7 +39,7 @@ from train import FROZEN, STAGES, Cascade, Config, load_cascade
 
 ALPHAS = (0.05, 0.10, 0.15)
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Keypoints from one image to the other
 
 
@@ -56,6 +56,20 @@ def blocks_of_pairs(keypoints: data.KeypointSet, numbers: list[int], held: int) 
     return blocks
 
 
+def image_features(matcher, keypoints: data.KeypointSet, images: list[int], batch: int) -> dict[int, Features]:
+    """The features of every image, each of batch size 1; the sizes of the images are noted on the way."""
+    found: dict[int, Features] = {}
+    for first in range(0, len(images), batch):
+        some, views = images[first : first + batch], []
+        for index in some:
+            image = keypoints.load(index)[0]
+            keypoints.sizes[index] = image.size
+            views.append(data.prepare(image, None, matcher.cfg.size, matcher.backbone.patch)[0])
+        several = matcher.features(torch.stack(views))
+        found |= {index: several.map(lambda x, k=k: x[k : k + 1]) for k, index in enumerate(some)}
+    return found
+
+
 @torch.no_grad()
 def predict(matcher, keypoints: data.KeypointSet, methods: list[str], batch: int = 8, quiet: bool = False,
             numbers: list[int] | None = None, held: int = 1000) -> dict[str, list[Tensor]]:
@@ -70,21 +84,11 @@ def predict(matcher, keypoints: data.KeypointSet, methods: list[str], batch: int
     into blocks.
     """
     numbers = list(range(len(keypoints))) if numbers is None else numbers
-    size, patch = matcher.cfg.size, matcher.backbone.patch
     found: dict[str, dict[int, Tensor]] = {method: {} for method in methods}
     with tqdm(total=len(numbers), desc="pairs", disable=quiet, leave=False) as bar:
         for members in blocks_of_pairs(keypoints, numbers, held):
-            features: dict[int, Features] = {}
             images = sorted({i for n in members for i in keypoints.pairs[n][:2]})
-            for first in range(0, len(images), batch):
-                views = []
-                for index in images[first : first + batch]:
-                    image = keypoints.load(index)[0]
-                    keypoints.sizes[index] = image.size
-                    views.append(data.prepare(image, None, size, patch)[0])
-                several = matcher.features(torch.stack(views))
-                for k in range(len(views)):
-                    features[images[first + k]] = several.map(lambda x, k=k: x[k : k + 1])
+            features = image_features(matcher, keypoints, images, batch)
             for first in range(0, len(members), batch):
                 some = members[first : first + batch]
                 pairs = [keypoints.pairs[n] for n in some]
@@ -126,7 +130,7 @@ def predict_shared(matcher, keypoints: data.KeypointSet, methods: list[str]) -> 
     return everything
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # PCK
 
 
@@ -148,9 +152,8 @@ def right_points(pred: Tensor, keypoints: data.KeypointSet, number: int, alphas:
 
 def right_at_ten(predictions: dict[str, list[Tensor]], keypoints: data.KeypointSet) -> dict:
     """Which points pictures show as right, those at alpha 0.10 of rule "bbox": {method: [(n,) bool, ...]}."""
-    return {
-        method: [right_points(pred, keypoints, n, (0.10,), "bbox")[:, 0] for n, pred in enumerate(found)]
-        for method, found in predictions.items()}
+    return {method: [right_points(pred, keypoints, n, (0.10,), "bbox")[:, 0] for n, pred in enumerate(found)]
+            for method, found in predictions.items()}
 
 
 def score(predictions: list[Tensor], keypoints: data.KeypointSet, alphas: tuple[float, ...] = ALPHAS,
@@ -162,10 +165,8 @@ def score(predictions: list[Tensor], keypoints: data.KeypointSet, alphas: tuple[
     rule: "bbox", "img"; None: the benchmark's own. ValueError unless there is one prediction a pair.
     """
     rule = rule or keypoints.rule
-    right = [
-        right_points(pred, keypoints, number, alphas, rule, strict).float()
-        for number, pred in zip(range(len(keypoints)), predictions, strict=True)
-    ]
+    right = [right_points(pred, keypoints, n, alphas, rule, strict).float()
+             for n, pred in zip(range(len(keypoints)), predictions, strict=True)]
     pair_pck = torch.stack([r.mean(0) for r in right]) * 100  # (pairs, alphas)
 
     def mean_of(chosen: list[bool]) -> list[float]:
@@ -199,7 +200,7 @@ def print_scores(table: dict, method: str, keypoints: data.KeypointSet, alphas: 
             print(f"{name:34s}" + "".join(f"{v:8.1f}" for v in values))
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line. What experiments/peers.py shares is a function of its own.
 
 
@@ -212,7 +213,7 @@ def shared_options(text: str) -> argparse.ArgumentParser:
     add("--datapath", help="folder of the data set or one that holds it (default: ., datasets/, $COCR_DATA)")
     add("--split", help="trn, val or test (default; labels: val); shapes: train, val, test")
     add("--download", action="store_true", help="fetch the data set first, into --datapath or datasets/")
-    add("--checkpoint", help="checkpoint written by train.py (default: the frozen backbone, read by best)")
+    add("--checkpoint", help="written by train.py; default: the frozen backbone by its reading best")
     add("--stage", nargs="+", choices=STAGES, help="default: the last one trained")
     add("--dense", action="store_true", help="read images at half the patch's stride: four views each")
     add("--baseline", nargs="*", choices=FROZEN, help="readings of the frozen backbone; none named: all")
@@ -234,14 +235,13 @@ def read_options(parser: argparse.ArgumentParser, argv: list[str] | None) -> arg
         parser.error("--stage needs --checkpoint")
     if min(args.alpha or [0]) < 0:
         parser.error("--alpha must be at least 0")
-    place = Path(args.json or "scores.json")
-    if place.is_dir() or not place.resolve().parent.is_dir():
+    place = args.json and Path(args.json)
+    if place and (place.is_dir() or not place.resolve().parent.is_dir()):
         parser.error(f"cannot write {place}: {'a folder' if place.is_dir() else 'no such folder'}")
     args.split = args.split or ("val" if args.dataset == "labels" else "test")
     if args.dataset == "pfwillow" and args.split != "test":
         parser.error(f"--split {args.split}: PF-WILLOW has a test split only")
-    usual = (0.01, 0.05, 0.10) if args.dataset in ("spair", "spair-small") else ALPHAS
-    args.alphas = tuple(args.alpha or usual)
+    args.alphas = tuple(args.alpha or ((0.01, 0.05, 0.10) if "spair" in (args.dataset or "") else ALPHAS))
     args.rule = None if args.thres == "auto" else args.thres
     return args
 
@@ -270,7 +270,7 @@ def load_methods(args: argparse.Namespace) -> tuple[Cascade | Dense, list[str]]:
         cascade = Cascade(Config(**preset | given | {"weights": args.weights})).to(device).eval()
         methods, cfg = baseline or ["best"], cascade.cfg
         if not baseline and not processes()[0]:
-            block = "last block" if cfg.layer == "-1" else f"block {cfg.layer}"
+            block = "last block" if cfg.layer == "-1" else f"--layer {cfg.layer}"
             best = f"consensus on {min(256, cascade.backbone.dim)} principal axes of the pair's own cells"
             print(f"frozen {cfg.backbone}, {block}, {cfg.size} px, reading best ({best});"
                   " --checkpoint FILE scores a trained one")

@@ -450,9 +450,8 @@ def dropped_groups(cfg: LabelConfig, errors: dict[int, float], kept: Members, me
 
 def pair_groups(cfg: LabelConfig, cascade: Cascade, images: data.ImageSet, boxes: Boxes, step: str,
                 groups: list[tuple], settings: dict) -> Records:
-    """A record of every group (split, class, images): these, the frames of its images, and its pairs, the
-    best first, of which `cfg.pairs` an image are marked as kept, unless the images themselves were
-    dropped."""
+    """A record of every group (split, class, images): its split and class, the frames of its images, and its
+    pairs, the best first, of which `cfg.pairs` an image are marked as kept, but none of dropped images."""
 
     def make(number: int, item: dict) -> dict:
         split, k, _ = groups[number]
@@ -539,7 +538,7 @@ def main(argv: list[str] | None = None) -> dict:
     cascade, images = load(cfg)
     cfg = dataclasses.replace(cfg, size=cascade.cfg.size)
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    rank, _ = shards.connect()
+    rank = shards.connect()
 
     members = choose_classes(images, cfg.drop_classes)
     singles = detect(cfg, images, members) if cfg.detector else Singles(members, {}, {})

@@ -347,9 +347,10 @@ def measure(log: Path, step: int, matcher, keypoints: data.KeypointSet,
     matcher.eval()
     predictions = predict(matcher, keypoints, methods, quiet=True)
     matcher.train(mode)
-    found = {method: score(places, keypoints)["per_image"] for method, places in predictions.items()}
+    rule = keypoints.rule
+    found = {method: score(places, keypoints)[rule]["per_image"] for method, places in predictions.items()}
     run.record(log, step, {"pck": found, "alphas": ALPHAS, "on": keypoints.name})
-    protocol = f"{keypoints.name}, {len(keypoints)} pairs, {keypoints.rule}, per image"
+    protocol = f"{keypoints.name}, {len(keypoints)} pairs, {rule}, per image"
     tqdm.write(f"step {step}: PCK@{'/'.join(map(str, ALPHAS))} on {protocol}")
     for method, values in found.items():
         tqdm.write(f"    {method:9s}" + "".join(f"{v:7.1f}" for v in values))

@@ -5,7 +5,7 @@
 
 The options are train.py's and describe the full cascade. Every row is trained on the same couples and crops,
 in a folder of its own under --out, and measured on --val; a view passes the frozen backbone once for all rows
-of its size, and its features stay in memory. A row that an earlier, stopped call finished is not trained again.
+of its size, and its features stay in memory. What an earlier, stopped call finished is not trained again.
 """
 
 import dataclasses

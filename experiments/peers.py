@@ -3,8 +3,8 @@
     python -m experiments.peers --dataset spair --checkpoint CATS/finetune/best.pt --protocol cats --compare
     python -m experiments.peers --dataset pfwillow --baseline nn --protocol target padded cats
 
-A number can only be put beside others of its protocol. Options are those of evaluate.py, without its
-pictures.
+A number can only be put beside others of its protocol. Options are those of evaluate.py without its pictures;
+--checkpoint takes CATs of experiments.finetune too.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from torch import Tensor
 
 import data
 import evaluate
-from experiments.finetune import load_matcher
+from experiments.finetune import PROGRAM, load_matcher
 from support.files import read_state
 from support.run import find_device, processes
 
@@ -135,7 +135,7 @@ def compared(scores: dict, alphas: tuple[float, ...]) -> dict[str, dict[tuple[st
 
 def load(args: argparse.Namespace) -> tuple:
     """The matcher and the methods to score it by: experiments.finetune's CATs, or what evaluate.py scores."""
-    if not args.checkpoint or read_state(args.checkpoint)["program"] != "experiments.finetune":
+    if not args.checkpoint or read_state(args.checkpoint)["program"] != PROGRAM:
         return evaluate.load_methods(args)
     for name in ("stage", "baseline", "weights", "backbone", "layer", "size", "dense"):
         if getattr(args, name):

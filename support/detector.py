@@ -66,7 +66,7 @@ class PhotoSet(ImageGroups):
 
 
 def detect(cfg, images: data.ImageSet, members: Members) -> Singles:
-    """Those images with exactly one object over 0.9, from the shards of step "detector".
+    """Step 2: the images with exactly one object over 0.9, from the shards of step "detector".
 
     cfg: detector_weights, device, out, workers.
     """

@@ -18,12 +18,12 @@ from support.run import leave_signals, processes, progress
 Members = dict[int, list[int]]  # {class: images}, by their numbers in an ImageSet
 
 
-def connect() -> tuple[int, int]:
-    """This process's rank and how many there are. They wait for each other between steps alone: for days."""
+def connect() -> int:
+    """Connect torchrun's processes, which may wait for days between steps; returns this one's rank."""
     rank, world = processes()
     if world > 1:
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    return rank, world
+    return rank
 
 
 def wait() -> None:

@@ -22,18 +22,21 @@ from literal import greedy_literal, hough_table  # noqa: E402
 
 import data  # noqa: E402
 from evaluate import predict  # noqa: E402
-from label import Clique, LabelConfig, clique_maps, follow, image_errors, loop_errors, pair_matches  # noqa: E402
-from modules import (  # noqa: E402  # noqa: E402
-    BACKBONES,
+from label import Clique, LabelConfig, clique_maps, image_errors, loop_errors, pair_matches  # noqa: E402
+from modules import (  # noqa: E402
     Features,
-    ViT,
     cells_to_xy,
     cosine_volume,
     greedy_selection,
     hough_matching,
     kernel_soft_argmax,
+    read_at,
 )
-from train import PRESETS, Cascade, Config  # noqa: E402
+from support.backbone import BACKBONES, ViT  # noqa: E402
+from support.benchmarks import pfwillow  # noqa: E402
+from support.presets import PRESETS  # noqa: E402
+from support.shapes import Shapes  # noqa: E402
+from train import Cascade, Config  # noqa: E402
 
 
 def clock(function, repeats: int) -> float:
@@ -53,15 +56,15 @@ def single_loop(cascade: Cascade, clique: Clique, s: int, m: int, t: int) -> tor
     ]
     for ends in ((s, m), (m, t), (t, s)):
         corr = cascade.volume(*(Features(*(x[i : i + 1] for x in clique.feats)) for i in ends))
-        points = follow(kernel_soft_argmax(corr), points)
-    return loop_errors(clique, s, points[0], 0.1)
+        points = read_at(kernel_soft_argmax(corr).permute(0, 3, 1, 2), points)
+    return loop_errors(clique, s, points[0])
 
 
 @torch.no_grad()
 def label_speed(cascade: Cascade, device: torch.device, count: int = 12) -> None:
     """Closed loops of one clique of twelve shapes against loops with three volumes each; then its pairs."""
     cascade, size = cascade.to(device).eval(), cascade.cfg.size
-    images, patch = data.Shapes("train"), cascade.backbone.patch
+    images, patch = Shapes("train"), cascade.backbone.patch
     views, maps = zip(*(data.prepare(*images.load(i), size, patch) for i in range(count)))
 
     def wait() -> None:
@@ -79,7 +82,7 @@ def label_speed(cascade: Cascade, device: torch.device, count: int = 12) -> None
         clique = Clique(list(range(count)), feats, *frames, feats.foreground(0.5).flatten(1))
 
         def loops() -> None:
-            image_errors(clique, clique_maps(cascade, features(), 8)[0], 0.1)
+            image_errors(clique, clique_maps(cascade, features(), 8)[0])
             wait()
 
         def one_by_one() -> None:
@@ -105,7 +108,7 @@ def label_speed(cascade: Cascade, device: torch.device, count: int = 12) -> None
 
 def once_an_image(root: str, weights: str, pairs: int = 180) -> None:
     """Evaluate the first pairs of PF-WILLOW with the backbone run once a distinct image, and twice a pair."""
-    keypoints = data.pfwillow(root)
+    keypoints = pfwillow(root)
     cascade = Cascade(Config(backbone="dinov2_vits14", weights=weights, layer=10, size=224)).eval()
     numbers = list(range(pairs))
     fast = clock(lambda: predict(cascade, keypoints, ["nn"], 1, True, numbers=numbers), 1)

@@ -1,9 +1,10 @@
-"""Fine-tuning: the views of a pair, the schedule, what resumes, what splits over processes and what is refused."""
+"""Fine-tuning: the views of a pair, the schedule, what resumes, several processes, what is refused."""
 
 import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,25 +18,23 @@ from PIL import Image, ImageEnhance, ImageOps
 from test_train import ROOT, configured, run, train
 
 import data
-import finetune
-from cats import Cats, flow_target
 from evaluate import predict, score
-from finetune import (
-    FinetuneConfig,
-    KeypointViews,
-    build_optimizer,
-    chosen_pairs,
-    learning_rate,
-    load_matcher,
-    main,
-    parse_config,
-    photometric,
-    random_crop,
-    to_view,
-)
+from experiments import finetune
+from experiments.cats import Cats, flow_target
+from experiments.finetune import FinetuneConfig, KeypointViews, learning_rate, parse_config, photometric
+from support.backbone import BACKBONES, ViTSpec
+from support.benchmarks import label_pairs
+from support.label_tree import write_label_tree
+from support.shapes import shapes_pairs
 
-MATCHER = "--backbone random_vit8 --size 128 --projection 16 --heads 4 --device cpu --augment --no-cache-features"
-SMALL = f"{MATCHER} --batch 2 --epochs 2 --pretrain-epochs 2 --epoch-steps 2 --log-every 1 --seed 5".split()
+MATCHER = "--backbone random_vit8 --size 128 --device cpu --augment --no-cache-features"
+SMALL = f"{MATCHER} --batch 2 --epochs 2 --pretrain-epochs 2 --epoch-steps 2 --seed 5".split()
+SMALLER = {"projection": 16, "heads": 4, "log_every": 1}  # what has no option
+LAUNCH = f"""import dataclasses
+from experiments.finetune import finetune, parse_config
+cfg, resume = parse_config(None)
+finetune(dataclasses.replace(cfg, **{SMALLER}), resume)
+"""
 RATES = "--lr 1e-3 --backbone-lr 1e-4".split()
 BOTH = [*SMALL, *RATES, "--dataset", "shapes", "--annotated", "4", "--save-every", "3"]
 STEPS = 4  # of either phase
@@ -73,15 +72,16 @@ def test_each_change_is_what_its_name_says(photo):
         assert min(levels)[0] < 84 and max(levels)[0] > 116
     hues = [np.asarray(jitter(red))[0, 0].astype(int) for _ in range(100)]
     assert any(abs(g - b) > 20 for _, g, b in hues)  # only the last one turns hues
-    assert all(abs(g - b) <= 1 for _, g, b in (np.asarray(contrast(red))[0, 0].astype(int) for _ in range(100)))
+    plainer = [np.asarray(contrast(red))[0, 0].astype(int) for _ in range(100)]
+    assert all(abs(g - b) <= 1 for _, g, b in plainer)
 
 
 def test_the_strong_list_blurs_where_the_weak_one_sharpens(photo):
     weak, strong = photometric(1.0).transforms, photometric(1.0, blur=True).transforms
     assert [type(a) is type(b) for a, b in zip(weak, strong, strict=True)] == [k != 3 for k in range(7)]
-    change = [np.abs(np.diff(np.asarray(t[3](photo)).astype(float), axis=0)).sum() for t in (weak, strong)]
-    before = np.abs(np.diff(np.asarray(photo).astype(float), axis=0)).sum()
-    assert change[1] < before < change[0]
+    sharp, before, blurred = (np.abs(np.diff(np.asarray(image).astype(float), axis=0)).sum()
+                              for image in (weak[3](photo), photo, strong[3](photo)))
+    assert blurred < before < sharp
 
 
 def test_every_change_has_its_own_chance(photo):
@@ -97,20 +97,23 @@ def test_every_change_has_its_own_chance(photo):
 
 def test_crops_hold_the_box_and_reach_both_ends():
     rng = np.random.default_rng(0)
-    crops = np.array([random_crop((120, 90), (30.2, 20.0, 99.1, 77.0), rng) for _ in range(4000)])
+    crops = np.array([finetune.random_crop((120, 90), (30.2, 20.0, 99.1, 77.0), rng) for _ in range(4000)])
     for side, whole in zip(crops.T, (range(31), range(21), range(100, 121), range(77, 91)), strict=True):
         assert set(side) == set(map(float, whole))
         counts = np.unique(side, return_counts=True)[1]
         assert counts.min() > 0.6 * len(crops) / len(whole)  # all equally often
 
 
-@pytest.mark.parametrize("box", [(0, 0, 120, 90), (-3.0, -0.5, 125.0, 90.5), (50.0, 40.0, 50.0, 40.0), (119.5,) * 4])
+@pytest.mark.parametrize("box", [
+    (0, 0, 120, 90), (-3.0, -0.5, 125.0, 90.5), (50.0, 40.0, 50.0, 40.0), (119.5,) * 4,
+])  # fmt: skip
 def test_crops_of_odd_boxes_stay_in_the_image_and_are_not_empty(box):
     rng = np.random.default_rng(0)
     for _ in range(1000):
-        x0, y0, x1, y1 = random_crop((120, 90), box, rng)
+        x0, y0, x1, y1 = finetune.random_crop((120, 90), box, rng)
         assert 0 <= x0 < x1 <= 120 and 0 <= y0 < y1 <= 90
-        assert x0 <= max(0, box[0]) and y0 <= max(0, box[1]) and x1 >= min(120, box[2]) and y1 >= min(90, box[3])
+        assert x0 <= max(0, box[0]) and y0 <= max(0, box[1])
+        assert x1 >= min(120, box[2]) and y1 >= min(90, box[3])
 
 
 def ruler(width: int, height: int, unit: int = 1) -> Image.Image:
@@ -124,13 +127,15 @@ def places(view: torch.Tensor) -> torch.Tensor:
     return (view * torch.tensor(data.STD).view(3, 1, 1) + torch.tensor(data.MEAN).view(3, 1, 1))[:2] * 255
 
 
-@pytest.mark.parametrize("crop", [(20.0, 30.0, 70.0, 66.0), (0.0, 0.0, 200.0, 160.0), (3.0, 100.0, 190.0, 160.0)])
+@pytest.mark.parametrize("crop", [
+    (20.0, 30.0, 70.0, 66.0), (0.0, 0.0, 200.0, 160.0), (3.0, 100.0, 190.0, 160.0),
+])  # fmt: skip
 def test_points_land_on_the_pixels_they_were_on(crop):
     size, (x0, y0, x1, y1) = 256, crop
     view = places(data.prepare(ruler(200, 160), None, size, 8, crop)[0])
     torch.manual_seed(0)
     points = torch.rand(500, 2) * torch.tensor([x1 - x0 - 8, y1 - y0 - 8]) + torch.tensor([x0 + 4, y0 + 4])
-    at = to_view(points, crop, size)
+    at = finetune.to_view(points, crop, size)
     for x, y in at.tolist():
         assert 0 <= x <= size - 1 and 0 <= y <= size - 1
     low = at.floor().long()
@@ -142,7 +147,8 @@ def test_points_land_on_the_pixels_they_were_on(crop):
 
 
 def test_points_outside_a_crop_stop_at_its_edges():
-    at = to_view(torch.tensor([[0.0, 0.0], [99.0, 99.0], [49.5, 19.5]]), (10.0, 10.0, 50.0, 20.0), 16)
+    points = torch.tensor([[0.0, 0.0], [99.0, 99.0], [49.5, 19.5]])
+    at = finetune.to_view(points, (10.0, 10.0, 50.0, 20.0), 16)
     torch.testing.assert_close(at, torch.tensor([[-0.5, -0.5], [15.5, 15.5], [15.5, 15.5]]))
 
 
@@ -168,7 +174,8 @@ def pair_of(src: int, trg: int, points: list, src_box: data.Box, trg_box: data.B
 
 
 PAIRS = [
-    pair_of(0, 1, [[[36.0, 28.0], [44.0, 33.0]], [[30.0, 40.5], [31.0, 43.0]]], (24, 20, 52, 44), (15, 30, 50, 70)),
+    pair_of(0, 1, [[[36.0, 28.0], [44.0, 33.0]], [[30.0, 40.5], [31.0, 43.0]]],
+            (24, 20, 52, 44), (15, 30, 50, 70)),
     pair_of(2, 3, [[[20.0, 27.0]], [[55.0, 18.25]]], (15, 20, 30, 30), (30, 16, 60, 36)),
 ]
 
@@ -230,11 +237,13 @@ def test_without_augmentation_a_view_is_the_whole_image_unchanged():
         item = views(augment=False, semi=False)[0, 0, place]
         assert torch.equal(item["src"], data.prepare(ruler(80, 64, 3), None, 128, 8)[0])
         assert torch.equal(item["trg"], data.prepare(ruler(60, 84, 3), None, 128, 8)[0])
-        assert item["index"].tolist() == [0, 1] and "strong" not in item
+        assert "strong" not in item
 
 
 def same(a: dict, b: dict) -> bool:
-    return all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a.keys() | b.keys())
+    equal = (torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k]
+             for k in a.keys() | b.keys())
+    return all(equal)
 
 
 @pytest.mark.parametrize("semi", [False, True])
@@ -245,15 +254,18 @@ def test_a_key_says_all_that_is_random(semi):
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(9)
     assert same(first, views(semi=semi, semi_photometric=0.5, semi_keyout=0.5)[2, 0, 7])
-    others = one[2, 0, 8], one[3, 0, 7], views(semi=semi, semi_photometric=0.5, semi_keyout=0.5, seed=4)[2, 0, 7]
+    other_seed = views(semi=semi, semi_photometric=0.5, semi_keyout=0.5, seed=4)[2, 0, 7]
+    others = one[2, 0, 8], one[3, 0, 7], other_seed
     assert not any(same(first, other) for other in others)
 
 
 def test_an_image_that_cannot_be_read_is_named_and_the_next_pair_taken():
     item, wanted = views(1)[0, 0, 5], views()[0, 1, 5]
     assert item.pop("skipped") == "cannot read image 1.jpg" and wanted.pop("skipped") == ""
-    assert item["index"].tolist() == [2, 3] and same(item, wanted)
-    assert views(2)[0, 1, 5]["index"].tolist() == [0, 1]  # behind the last comes the first
+    assert same(item, wanted)
+    item, wanted = views(2)[0, 1, 5], views()[0, 0, 5]  # behind the last comes the first
+    assert item.pop("skipped") == "cannot read image 2.jpg" and wanted.pop("skipped") == ""
+    assert same(item, wanted)
     with pytest.raises(ValueError, match="no pair can be read; the first: cannot read image 0.jpg"):
         views(0, 3)[0, 0, 5]
 
@@ -261,45 +273,39 @@ def test_an_image_that_cannot_be_read_is_named_and_the_next_pair_taken():
 def test_an_epoch_has_every_pair_and_fills_a_batch():
     assert sorted(n for n, _ in views().epoch_pairs(0, 0)) == [0, 1]
     pairs = views(batch=5).epoch_pairs(0, 1)
-    assert [place for _, place in pairs] == list(range(6)) and sorted(n for n, _ in pairs) == [0, 0, 0, 1, 1, 1]
+    assert [place for _, place in pairs] == list(range(6))
+    assert sorted(n for n, _ in pairs) == [0, 0, 0, 1, 1, 1]
     orders = {tuple(views(batch=5).epoch_pairs(0, epoch)) for epoch in range(10)}
     assert len(orders) > 3 and tuple(pairs) in orders
 
 
 def test_few_annotated_pairs_are_among_more():
-    keypoints = data.shapes_pairs("val")
-    few, more = chosen_pairs(keypoints, 5, 1), chosen_pairs(keypoints, 20, 1)
+    keypoints = shapes_pairs("val")
+    few, more = finetune.chosen_pairs(keypoints, 5, 1), finetune.chosen_pairs(keypoints, 20, 1)
     assert len(set(few)) == 5 and set(few) < set(more) and few == sorted(few)
-    assert chosen_pairs(keypoints, 5, 2) != few and chosen_pairs(keypoints, 0, 1) == list(range(80))
+    assert finetune.chosen_pairs(keypoints, 5, 2) != few
+    assert finetune.chosen_pairs(keypoints, 0, 1) == list(range(80))
     with pytest.raises(ValueError, match="--annotated 81: shapes val has 80 pairs"):
-        chosen_pairs(keypoints, 81, 1)
+        finetune.chosen_pairs(keypoints, 81, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Optimiser
 
 
-def test_step_schedule_is_cut_at_per_cents():
-    cfg = FinetuneConfig(lr=2.0, milestones="50,75.5", gamma=0.1)
-    rates = [learning_rate(cfg, step, 200) for step in range(200)]
-    assert rates == pytest.approx([2.0] * 100 + [0.2] * 51 + [0.02] * 49)
+def test_step_schedule_is_cut_at_per_cents(monkeypatch):
     original = [learning_rate(FinetuneConfig(), epoch, 100) for epoch in (69, 70, 79, 80, 89, 90, 99)]
     assert original == pytest.approx([3e-5, 1.5e-5, 1.5e-5, 7.5e-6, 7.5e-6, 3.75e-6, 3.75e-6])
-
-
-def test_cosine_schedule_falls_to_a_millionth():
-    cfg = FinetuneConfig(lr=2.0, schedule="cosine")
-    for step in range(51):
-        expected = 1e-6 + (2.0 - 1e-6) * math.cos(math.pi * step / 100) ** 2
-        assert learning_rate(cfg, step, 50) == pytest.approx(expected, rel=1e-9, abs=1e-15)
-    assert learning_rate(cfg, 50, 50) == pytest.approx(1e-6)
+    monkeypatch.setattr(finetune, "MILESTONES", (50, 75.5))
+    rates = [learning_rate(FinetuneConfig(lr=2.0), step, 200) for step in range(200)]
+    assert rates == pytest.approx([2.0] * 100 + [1.0] * 51 + [0.5] * 49)
 
 
 def test_the_backbone_has_a_rate_of_its_own_or_is_frozen():
     for rate in (0.0, 1e-4):
         cfg = parse_config([*SMALL, "--dataset", "shapes", "--lr", "1e-3", "--backbone-lr", str(rate)])[0]
         matcher = Cats(cfg)
-        groups = build_optimizer(matcher, cfg).param_groups
+        groups = finetune.build_optimizer(matcher, cfg).param_groups
         inner = set(map(id, matcher.backbone.parameters()))
         ids = [[id(p) for p in group["params"]] for group in groups]
         assert set(ids[0]) == {id(p) for p in matcher.parameters()} - inner
@@ -317,12 +323,23 @@ def test_the_backbone_has_a_rate_of_its_own_or_is_frozen():
 @pytest.fixture(scope="module", autouse=True)
 def one_thread_and_signals():
     """All runs compute the same bits; Ctrl-C ends pytest again afterwards."""
-    threads, handlers = torch.get_num_threads(), {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def begin(flags: list, **changes) -> Cats:
+    """What main does, with a small matcher and a log of every step."""
+    cfg, resume = parse_config([*map(str, flags)])
+    return finetune.finetune(dataclasses.replace(cfg, **SMALLER | changes), resume)
+
+
+def go_on(last: Path) -> None:
+    finetune.main(["--resume", str(last)])
 
 
 def part(keypoints: data.KeypointSet, count: int) -> data.KeypointSet:
@@ -332,7 +349,7 @@ def part(keypoints: data.KeypointSet, count: int) -> data.KeypointSet:
 @pytest.fixture(scope="module")
 def shapes() -> dict[str, data.KeypointSet]:
     """A few pairs for every split, drawn once."""
-    keypoints = data.shapes_pairs("val")
+    keypoints = shapes_pairs("val")
     other = data.KeypointSet("shapes train", keypoints.images, keypoints.pairs[1:])
     return {"train": part(other, 7), "val": part(keypoints, 6)}
 
@@ -345,18 +362,19 @@ def few_shapes(monkeypatch, shapes):
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory) -> Path:
     """A label set of shapes on disk: six pairs to train on, four to choose by."""
-    out, keypoints = tmp_path_factory.mktemp("labels"), data.shapes_pairs("val")
+    out, keypoints = tmp_path_factory.mktemp("labels"), shapes_pairs("val")
     records = []
     for split, pairs in (("trn", keypoints.pairs[::8][:6]), ("val", keypoints.pairs[::8][6:])):
         record = {"split": split, "images": {}, "pairs": []}
         for pair in pairs:
             for i, box in ((pair.src, pair.src_box), (pair.trg, pair.trg_box)):
                 record["images"][str(i)] = {"size": [128, 128], "box": [int(v) for v in box]}
-            kps = {"src_kps": pair.src_kps.round().int().tolist(), "trg_kps": pair.trg_kps.round().int().tolist()}
+            kps = {"src_kps": pair.src_kps.round().int().tolist()}
+            kps["trg_kps"] = pair.trg_kps.round().int().tolist()
             kps["errors"] = [0.0] * len(pair.src_kps)
             record["pairs"].append({"kept": True, "src": pair.src, "trg": pair.trg} | kps)
         records.append(record)
-    data.write_label_tree(out, keypoints.images, records, "copy")
+    write_label_tree(out, keypoints.images, records, "copy")
     return out
 
 
@@ -390,7 +408,7 @@ def whole(tmp_path_factory, labels, shapes):
     def get(semi: bool) -> Path:
         if semi not in made:
             made[semi] = tmp_path_factory.mktemp("whole")
-            main([*BOTH, "--pretrain", str(labels), "--out", str(made[semi]), *["--semi"] * semi])
+            begin([*BOTH, "--pretrain", labels, "--out", made[semi], *["--semi"] * semi])
         return made[semi]
 
     return get
@@ -416,27 +434,27 @@ def interrupt(monkeypatch, step: int, how: str) -> None:
 
 
 @pytest.mark.parametrize("how, phase, semi", [
-    ("kill", "pretrain", False), ("kill", "pretrain", True), ("kill", "finetune", False), ("kill", "finetune", True),
-    ("stop", "pretrain", False), ("stop", "finetune", True),
+    ("kill", "pretrain", False), ("kill", "pretrain", True), ("kill", "finetune", False),
+    ("kill", "finetune", True), ("stop", "pretrain", False), ("stop", "finetune", True),
 ])  # fmt: skip
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_ends(
     whole, labels, tmp_path, monkeypatch, capsys, how, phase, semi
 ):
-    step = {"kill": 3, "stop": 2}[how]  # a kill loses nothing after step 3, which was saved; a stop finishes its step
-    flags = [*BOTH, "--pretrain", str(labels), "--out", str(tmp_path), *["--semi"] * semi]
+    # a kill loses nothing after step 3, which was saved; a stop finishes its step
+    step = {"kill": 3, "stop": 2}[how]
+    flags = [*BOTH, "--pretrain", labels, "--out", tmp_path, *["--semi"] * semi]
+    last = tmp_path / phase / "last.pt"
     with monkeypatch.context() as patched:
         interrupt(patched, step + STEPS * (phase == "finetune"), how)
         if how == "kill":
             with pytest.raises(Killed):
-                main(flags)
+                begin(flags)
         else:
-            main(flags)
-            assert (
-                f"stopped after step 3; go on with --resume {tmp_path / phase / 'last.pt'}" in capsys.readouterr().out
-            )
-    assert checkpoint(tmp_path / phase / "last.pt")["step"] == 3
+            begin(flags)
+            assert f"stopped after step 3; go on with --resume {last}" in capsys.readouterr().out
+    assert checkpoint(last)["step"] == 3
     assert (tmp_path / "finetune").exists() == (phase == "finetune")
-    main(["--resume", str(tmp_path / phase / "last.pt")])
+    go_on(last)
     for folder in ("pretrain", "finetune"):
         assert_equal_runs(tmp_path / folder, whole(semi) / folder)
 
@@ -445,23 +463,23 @@ def test_a_run_killed_before_its_first_step_keeps_the_first_score(whole, labels,
     with monkeypatch.context() as patched:
         interrupt(patched, 0, "kill")
         with pytest.raises(Killed):
-            main([*BOTH, "--pretrain", str(labels), "--out", str(tmp_path)])
+            begin([*BOTH, "--pretrain", labels, "--out", tmp_path])
     assert [line["step"] for line in lines(tmp_path / "pretrain")] == [0]
-    main(["--resume", str(tmp_path / "pretrain" / "last.pt")])
+    go_on(tmp_path / "pretrain" / "last.pt")
     assert_equal_runs(tmp_path / "pretrain", whole(False) / "pretrain")
 
 
 def test_a_stop_in_the_last_step_of_the_labels_does_not_start_the_keypoints(labels, tmp_path, monkeypatch):
     interrupt(monkeypatch, STEPS - 1, "stop")
-    main([*BOTH, "--pretrain", str(labels), "--out", str(tmp_path)])
+    begin([*BOTH, "--pretrain", labels, "--out", tmp_path])
     assert not (tmp_path / "finetune" / "metrics.jsonl").exists()
 
 
 def test_a_process_killed_from_outside_goes_on(labels, tmp_path):
     flags = [*SMALL, "--pretrain", str(labels), "--pretrain-epochs", "3", "--save-every", "1"]
-    command = [sys.executable, "finetune.py", *flags, "--out", str(tmp_path / "killed")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [sys.executable, "-c", LAUNCH, *flags, "--out", str(tmp_path / "killed")]
+    environment, pipe = os.environ | {"OMP_NUM_THREADS": "1"}, subprocess.PIPE
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT)
     last = tmp_path / "killed" / "pretrain" / "last.pt"
     while not last.exists() or checkpoint(last)["step"] < 1:
         assert process.poll() is None, process.stdout.read().decode()
@@ -469,41 +487,43 @@ def test_a_process_killed_from_outside_goes_on(labels, tmp_path):
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL and 1 <= checkpoint(last)["step"] < 6
-    main(["--resume", str(last)])
-    main([*flags, "--out", str(tmp_path / "whole")])
+    go_on(last)
+    begin([*flags, "--out", tmp_path / "whole"])
     assert_equal_runs(tmp_path / "killed" / "pretrain", tmp_path / "whole" / "pretrain")
 
 
 @pytest.mark.parametrize("semi", [False, True])
 def test_best_is_the_best_of_the_recorded_scores(whole, shapes, labels, semi):
-    sets = {"pretrain": data.label_pairs(str(labels), "val"), "finetune": shapes["val"]}
+    sets = {"pretrain": label_pairs(str(labels), "val"), "finetune": shapes["val"]}
     for phase, val in sets.items():
         folder = whole(semi) / phase
         scores = [(line["pck"]["cats"][1], -line["step"]) for line in lines(folder) if "pck" in line]
         assert [-step for _, step in scores] == [0, 2, 4] and len({value for value, _ in scores}) > 1
         best = checkpoint(folder / "best.pt")
         assert (best["best"], -best["step"]) == max(scores) and best["phase"] == phase
-        found = predict(load_matcher(str(folder / "best.pt")), val, ["cats"])
+        found = predict(finetune.load_matcher(str(folder / "best.pt")), val, ["cats"])
         assert score(found["cats"], val)["bbox"]["per_image"][1] == pytest.approx(best["best"])
     first = lines(whole(semi) / "finetune")[0]
-    start = predict(load_matcher(str(whole(semi) / "pretrain" / "best.pt")), shapes["val"], ["cats"])
+    start = predict(finetune.load_matcher(str(whole(semi) / "pretrain" / "best.pt")), shapes["val"], ["cats"])
     assert score(start["cats"], shapes["val"])["bbox"]["per_image"] == pytest.approx(first["pck"]["cats"])
 
 
 def test_losses_and_rates_are_recorded(whole):
     steps = [line for line in lines(whole(True) / "finetune") if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
-    assert [line["lr"] for line in steps] == pytest.approx([1e-3, 1e-3, 1e-3, 5e-4])  # 70 % of four steps is passed
+    rates = [line["lr"] for line in steps]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 5e-4])  # 70 % of four steps is passed
     for line in steps:  # the dynamic weight makes both parts equally large
         assert line["loss"] == pytest.approx(line["epe"] * (2 if line["unsup"] else 1), rel=1e-4)
-    assert not any("unsup" in line for line in lines(whole(True) / "pretrain") + lines(whole(False) / "finetune"))
+    plain = lines(whole(True) / "pretrain") + lines(whole(False) / "finetune")
+    assert not any("unsup" in line for line in plain)
     groups = checkpoint(whole(True) / "finetune" / "last.pt")["optimizer"]["param_groups"]
     assert [group["lr"] for group in groups] == pytest.approx([5e-4, 5e-5])
 
 
 def test_training_moves_the_backbone_only_if_asked(whole, tmp_path):
     start = Cats(parse_config(BOTH)[0]).backbone.state_dict()
-    main([*SMALL, "--dataset", "shapes", "--epochs", "1", "--out", str(tmp_path)])  # on shapes its rate is 0
+    begin([*SMALL, "--dataset", "shapes", "--epochs", "1", "--out", tmp_path])  # on shapes its rate is 0
     for folder, moved in ((tmp_path, False), (whole(False), True)):
         after = checkpoint(folder / "finetune" / "last.pt")["model"]
         changed = [not torch.equal(value, after[f"backbone.{key}"]) for key, value in start.items()]
@@ -512,39 +532,44 @@ def test_training_moves_the_backbone_only_if_asked(whole, tmp_path):
 
 def test_a_checkpoint_is_started_from(whole, tmp_path):
     other = whole(False) / "pretrain" / "best.pt"
-    flags = [*SMALL, "--dataset", "shapes", "--epochs", "1", "--seed", "9", "--out", str(tmp_path)]
-    matcher = finetune.finetune(*parse_config([*flags, "--checkpoint", str(other)]))
+    flags = [*SMALL, "--dataset", "shapes", "--epochs", "1", "--seed", "9", "--out", tmp_path]
+    matcher = begin([*flags, "--checkpoint", other])
     assert lines(tmp_path / "finetune")[0]["pck"] == lines(whole(False) / "finetune")[0]["pck"]
     best = checkpoint(tmp_path / "finetune" / "best.pt")["model"]
-    assert not matcher.training and all(torch.equal(value, best[key]) for key, value in matcher.state_dict().items())
+    assert not matcher.training
+    assert all(torch.equal(value, best[key]) for key, value in matcher.state_dict().items())
 
 
 def test_cached_features_change_nothing(tmp_path):
     flags = [*SMALL, "--dataset", "shapes", "--annotated", "3", "--no-augment", "--lr", "1e-3"]
     for name, more in (("plain", []), ("cached", ["--cache-features"])):
-        main([*flags, *more, "--out", str(tmp_path / name)])
+        begin([*flags, *more, "--out", tmp_path / name])
     for a, b in zip(*(lines(tmp_path / name / "finetune") for name in ("plain", "cached")), strict=True):
         assert a.keys() == b.keys() and a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-4)
 
 
 def test_two_processes_equal_one_that_accumulates(labels, tmp_path):
     flags = [*SMALL, *RATES, "--pretrain", str(labels), "--pretrain-epochs", "1", "--epoch-steps", "3"]
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29641")
-    two = run("finetune.py", *flags, "--out", tmp_path / "two", launcher=torchrun)
+    (tmp_path / "launch.py").write_text(LAUNCH)
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    two = run(tmp_path / "launch.py", *flags, "--out", tmp_path / "two", launcher=torchrun, env=environment)
     assert two.returncode == 0, two.stderr
     assert "2 process(es)" in two.stdout
-    main([*flags, "--out", str(tmp_path / "one"), "--accumulate", "2"])
+    begin([*flags, "--out", tmp_path / "one", "--accumulate", "2"])
     one, two = (tmp_path / name / "pretrain" for name in ("one", "two"))
     for a, b in zip(lines(one), lines(two), strict=True):
         assert a.keys() == b.keys()
-        assert all(a[key] == pytest.approx(b[key], rel=2e-3) for key in ("loss", "grad_norm", "lr") if key in a)
+        for key in {"loss", "grad_norm", "lr"} & a.keys():
+            assert a[key] == pytest.approx(b[key], rel=2e-3)
     torch.manual_seed(5)
-    start = Cats(parse_config(flags)[0]).state_dict()
+    start = Cats(dataclasses.replace(parse_config(flags)[0], **SMALLER)).state_dict()
     a, b = (checkpoint(path / "last.pt")["model"] for path in (one, two))
     trained = [key for key in start if key.startswith(("aggregator", "project", "backbone"))]
     apart = sum(float((a[key] - b[key]).square().sum()) for key in trained)
     moved = sum(float((a[key] - start[key]).square().sum()) for key in trained)
-    assert math.sqrt(apart) < 0.02 * math.sqrt(moved)  # Adam makes whole steps of gradients that are only rounding
+    # Adam makes whole steps of gradients that are only rounding
+    assert math.sqrt(apart) < 0.02 * math.sqrt(moved)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -552,28 +577,23 @@ def test_two_processes_equal_one_that_accumulates(labels, tmp_path):
 
 
 def refused(*arguments: object) -> str:
-    """What finetune.py ends with, which has to be one line."""
+    """What fine-tuning ends with, which has to be one line."""
     with pytest.raises(SystemExit) as error:
-        main([*map(str, arguments)])
+        finetune.main([*map(str, arguments)])
     assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
     return str(error.value)
 
 
 @pytest.mark.parametrize("flags, words", [
     ("", "give --pretrain LABELS, --dataset shapes, pfpascal, spair, spair-small, or both"),
-    ("--dataset labels", "--dataset labels"),
-    ("--dataset pfwillow", "--dataset pfwillow"),
     ("--dataset shapes --annotated 8", "--annotated 8: shapes train has 7 pairs"),
     ("--dataset shapes --cache-features", "--cache-features needs --no-augment and --backbone-lr 0"),
-    ("--dataset shapes --cache-features --no-augment --backbone-lr 1e-5", "--cache-features needs --no-augment"),
+    ("--dataset shapes --cache-features --no-augment --backbone-lr 1e-5", "--cache-features needs"),
     ("--dataset shapes --batch 0", "--batch 0: at least 1"),
     ("--dataset shapes --pretrain-epochs 0", "--pretrain-epochs 0: at least 1"),
     ("--dataset shapes --epoch-steps -1", "--epoch-steps -1: not negative"),
     ("--dataset shapes --lr 0", "--lr 0.0: above 0"),
-    ("--dataset shapes --schedule linear", "--schedule linear: step or cosine"),
-    ("--dataset shapes --milestones 70;80", "--milestones 70;80: per cents joined by commas"),
     ("--dataset shapes --size 100", "--size 100: not a multiple"),
-    ("--dataset shapes --heads 7", "--heads 7"),
     ("--dataset shapes --backbone vgg", "--backbone vgg"),
     ("--dataset shapes --checkpoint absent.pt", "no such checkpoint: absent.pt"),
     ("--resume absent.pt", "no such checkpoint: absent.pt"),
@@ -582,6 +602,23 @@ def refused(*arguments: object) -> str:
 ])  # fmt: skip
 def test_bad_options_are_one_line(tmp_path, flags, words):
     assert words in refused(*SMALL, "--out", tmp_path, *flags.split())
+
+
+@pytest.mark.parametrize("flags", ["--dataset labels", "--dataset pfwillow", "--preset spair", "--heads 4"])
+def test_what_is_not_a_choice_or_an_option_is_refused(capsys, flags):
+    with pytest.raises(SystemExit) as error:
+        finetune.main([*SMALL, *flags.split()])
+    assert error.value.code == 2 and flags.split()[0] in capsys.readouterr().err
+
+
+def test_help_shows_the_presets_values_and_at_most_32_options(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(["--dataset", "shapes", "--help"])
+    page = capsys.readouterr().out
+    assert "usage: python -m experiments.finetune" in page
+    assert "(default: dinov2_vits14)" in " ".join(page.split())
+    flags = set(re.findall(r"^  (--[a-z][\w-]*)", page, re.MULTILINE))
+    assert {"--preset", "--resume", "--annotated"} <= flags and len(flags) <= 32
 
 
 def test_a_run_goes_on_only_as_it_was_and_from_its_last_checkpoint(whole):
@@ -597,18 +634,22 @@ def test_a_run_goes_on_only_as_it_was_and_from_its_last_checkpoint(whole):
     assert resume == str(last) and cfg == dataclasses.replace(before, workers=1)
 
 
-def test_a_checkpoint_has_to_fit(whole, tmp_path):
-    flags = [*SMALL, "--dataset", "shapes", "--checkpoint", whole(False) / "pretrain" / "best.pt", "--out", tmp_path]
-    for more in (["--projection", "32"], ["--depth", "2"]):
-        assert "does not fit --backbone, --levels, --projection or --depth" in refused(*flags, *more)
+def test_a_checkpoint_has_to_fit(whole, tmp_path, monkeypatch):
+    monkeypatch.setitem(BACKBONES, "deep_vit8", ViTSpec("random", 128, 2, 8, 16, None, depth=2))
+    flags = [*SMALL, "--dataset", "shapes", "--out", tmp_path]
+    flags += ["--checkpoint", whole(False) / "pretrain" / "best.pt", "--backbone", "deep_vit8"]
+    for levels in ("1", "0,1"):
+        assert "does not fit --backbone or --levels" in refused(*flags, "--levels", levels)
 
 
-def test_the_cascades_checkpoint_is_refused_on_the_command_line(tmp_path):
+def test_other_programs_and_versions_checkpoints_are_refused(whole, tmp_path):
     train(*configured(tmp_path, "--steps", "1"))
     last = tmp_path / "last.pt"
+    words = f"{last} is a checkpoint of train.py, not of experiments.finetune"
     for way in ("--checkpoint", "--resume"):
-        assert f"{last} is a checkpoint of train.py, not of finetune.py" in refused(
-            *SMALL, "--dataset", "shapes", way, last, "--out", tmp_path / "new"
-        )
-    out = run("finetune.py", "--resume", last)
-    assert out.returncode == 1 and out.stderr == f"error: {last} is a checkpoint of train.py, not of finetune.py\n"
+        assert words in refused(*SMALL, "--dataset", "shapes", way, last, "--out", tmp_path / "new")
+    out = run("-m", "experiments.finetune", "--resume", last)
+    assert out.returncode == 1 and out.stderr == f"error: {words}\n"
+    state = checkpoint(whole(False) / "pretrain" / "last.pt")
+    torch.save(state | {"config": state["config"] | {"clip": 0.0}}, last)
+    assert f"{last} was written by another version of experiments.finetune" in refused("--resume", last)

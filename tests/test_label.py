@@ -11,14 +11,14 @@ from PIL import Image
 
 import data
 import label
-from label import Clique, LabelConfig, clique_maps, closed_loops, follow, image_errors, loop_errors, pair_matches
-from modules import Features, cells_to_xy, kernel_soft_argmax, select_pairs
-from shapes import corresponding_points, draw_shape
-from train import Cascade, Config
+from label import Clique, LabelConfig, clique_maps, closed_loops, image_errors, loop_errors, pair_matches
+from modules import Features, cells_to_xy, kernel_soft_argmax, read_at, select_pairs
+from support import detector, label_report
+from support.pictures import draw_pair
+from support.shapes import Shapes, corresponding_points, draw_shape
+from train import Cascade, Config, build_optimizer, save
 
-CFG = Config(
-    backbone="random_vit8", volume_width=4, volume_heads=1, volume_window=2, ffn_ratio=0.25, saliency_threshold=0.5
-)
+CFG = Config(backbone="random_vit8", volume_window=2, ffn_ratio=0.25, saliency_threshold=0.5)
 
 
 def random_clique(count: int, h: int = 4, w: int = 6, seed: int = 0) -> tuple[Cascade, Clique]:
@@ -50,12 +50,13 @@ def read_map(table: list, x: float, y: float) -> tuple[float, float]:
     return u, v
 
 
-def test_clique_errors_equal_those_of_one_loop_at_a_time():
+def test_clique_errors_equal_those_of_one_loop_at_a_time(monkeypatch):
     cascade, clique = random_clique(5)
     h, w = clique.feats.grid
     maps, _ = clique_maps(cascade, clique.feats, batch=3)
     for cap in (math.inf, 0.15):
-        fast = image_errors(clique, maps, cap)
+        monkeypatch.setattr(label, "CAP", cap)
+        fast = image_errors(clique, maps)
         for s in range(5):
             errors = []
             for m in range(5):
@@ -65,9 +66,8 @@ def test_clique_errors_equal_those_of_one_loop_at_a_time():
                     tables = []
                     for a, b in ((s, m), (m, t), (t, s)):  # three volumes a loop
                         first, second = sorted((a, b))
-                        corr = cascade.volume(
-                            *(Features(*(x[i : i + 1] for x in clique.feats)) for i in (first, second))
-                        )
+                        ends = (Features(*(x[i : i + 1] for x in clique.feats)) for i in (first, second))
+                        corr = cascade.volume(*ends)
                         rows = corr[0] if a == first else corr[0].permute(2, 3, 0, 1)
                         tables.append(kernel_soft_argmax(rows).tolist())
                     for n in clique.foreground[s].nonzero()[:, 0].tolist():
@@ -97,19 +97,20 @@ def test_maps_and_partners_of_one_volume_serve_both_directions():
             assert all(clique.foreground[a, i] and clique.foreground[b, j] for i, j in found)
 
 
-def test_follow_is_bilinear_and_repeats_the_border():
+def test_maps_are_read_bilinearly_and_repeat_the_border():
     maps = torch.randn(2, 3, 5, 2)
+    planes = maps.permute(0, 3, 1, 2)
     points = torch.rand(2, 40, 2) * torch.tensor([8.0, 6.0]) - 1.5
-    places = follow(maps, points)
+    places = read_at(planes, points)
     for b in range(2):
         for (x, y), place in zip(points[b].tolist(), places[b].tolist()):
             assert place == pytest.approx(read_map(maps[b].tolist(), x, y), abs=1e-4)
     centres = cells_to_xy(torch.arange(15), 5).expand(2, -1, -1)
-    torch.testing.assert_close(follow(maps, centres), maps.flatten(1, 2), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(read_at(planes, centres), maps.flatten(1, 2), atol=1e-5, rtol=1e-5)
 
 
-def shifted_clique(count: int, h: int, w: int, shift: dict | None = None) -> tuple[Clique, torch.Tensor, torch.Tensor]:
-    """Images whose maps are the identity, but for maps[a, b] moved by shift[a, b] cells; stride 10, boxes of all."""
+def shifted_clique(count: int, h: int, w: int, shift: dict | None = None) -> tuple:
+    """Images whose maps are the identity, but for maps[a, b] moved by shift[a, b]; stride 10."""
     cells = cells_to_xy(torch.arange(h * w), w).view(h, w, 2)
     maps = cells.expand(count, count, h, w, 2).clone()
     for ends, by in (shift or {}).items():
@@ -122,15 +123,16 @@ def shifted_clique(count: int, h: int, w: int, shift: dict | None = None) -> tup
     return clique, maps, torch.arange(h * w).expand(count, count, -1).clone()
 
 
-def test_a_loop_that_ends_two_cells_off_errs_by_two_cells_over_the_box():
+def test_a_loop_that_ends_two_cells_off_errs_by_two_cells_over_the_box(monkeypatch):
     clique, maps, _ = shifted_clique(3, 5, 8, {(2, 0): (2.0, 0.0)})
     _, back, real = closed_loops(maps, 0)
     assert real.tolist() == [[False, False, False], [False, False, True], [False, True, False]]
-    errors = loop_errors(clique, 0, back, math.inf)
+    torch.testing.assert_close(loop_errors(clique, 0, back)[1, 2], torch.full((40,), 0.1))
+    assert image_errors(clique, maps)[0] == pytest.approx(0.05)
+    monkeypatch.setattr(label, "CAP", math.inf)
+    errors = loop_errors(clique, 0, back)
     torch.testing.assert_close(errors[1, 2], torch.full((40,), 20 / 80))  # 0 -> 1 -> 2 -> 0
     torch.testing.assert_close(errors[2, 1], torch.zeros(40))  # 0 -> 2 -> 1 -> 0
-    torch.testing.assert_close(loop_errors(clique, 0, back, 0.1)[1, 2], torch.full((40,), 0.1))
-    assert image_errors(clique, maps, 0.1)[0] == pytest.approx(0.05)
 
 
 def test_every_pair_is_labelled_once_with_spread_points_and_images_take_turns():
@@ -147,8 +149,8 @@ def test_every_pair_is_labelled_once_with_spread_points_and_images_take_turns():
         assert apart.min() >= 20  # two cells of ten pixels: 30 places remain, with three cells only 12
 
 
-def test_matches_that_disagree_leave_the_box_or_their_partner_are_dropped():
-    size = dict(points=40, fewest=1)
+def test_matches_that_disagree_leave_the_box_or_their_partner_are_dropped(monkeypatch):
+    monkeypatch.setattr(label, "FEWEST", 1)
     clique, maps, partners = shifted_clique(5, 6, 6)
     clique.side[0] = 600  # what counts is the box of 1, of 60 pixels
     maps[0, 1, 2, 3] += torch.tensor([1.2, 0.0])  # direct transfer and the ways through 2, 3, 4 disagree
@@ -156,50 +158,52 @@ def test_matches_that_disagree_leave_the_box_or_their_partner_are_dropped():
     partners[0, 1, 8] = -1  # selection paired it with none
     clique.boxes[1] = (0, 0, 50, 60)  # t's box leaves out the last column
     clique = clique._replace(boxes=clique.boxes[:1] + [(0, 0, 50, 60)] + clique.boxes[2:])
-    (pair,) = (p for p in pair_matches(clique, maps, partners, LabelConfig(**size)) if {p["src"], p["trg"]} == {0, 1})
+    pairs = pair_matches(clique, maps, partners, LabelConfig(points=40))
+    (pair,) = (p for p in pairs if {p["src"], p["trg"]} == {0, 1})
     assert (pair["src"], pair["trg"]) == (0, 1)
     lost = {2 * 6 + 3, 7, 8} | {6 * y + 5 for y in range(6)}
     cells = {round((y - 4.5) / 10) * 6 + round((x - 4.5) / 10) for x, y in pair["src_kps"]}
     assert cells == set(range(36)) - lost
 
 
-def test_a_pair_with_too_few_matches_is_left_out():
+def test_a_pair_with_too_few_matches_is_left_out(monkeypatch):
+    monkeypatch.setattr(label, "FEWEST", 6)
     clique, maps, partners = shifted_clique(4, 3, 4)
     partners[0, 1] = partners[1, 0] = -1
     partners[0, 1, :5] = torch.arange(5)
-    pairs = pair_matches(clique, maps, partners, LabelConfig(fewest=6))
+    pairs = pair_matches(clique, maps, partners, LabelConfig())
     assert len(pairs) == 5 and all({p["src"], p["trg"]} != {0, 1} for p in pairs)
 
 
-def test_matches_are_the_best_by_their_mean_loop_error():
+def test_matches_are_the_best_by_their_mean_loop_error(monkeypatch):
     clique, maps, partners = shifted_clique(4, 4, 6)
-    maps[1, 0, :, 3:] += torch.tensor(
-        [0.5, 0.0]
-    )  # loops 0 -> m -> 1 -> 0 that end right of column 3 miss by half a cell
-    pairs = pair_matches(clique, maps, partners, LabelConfig(points=12, fewest=1))
+    maps[1, 0, :, 3:] += torch.tensor([0.5, 0.0])  # loops from there miss by half a cell
+    monkeypatch.setattr(label, "FEWEST", 1)
+    pairs = pair_matches(clique, maps, partners, LabelConfig(points=12))
     (pair,) = (p for p in pairs if (p["src"], p["trg"]) == (0, 1))
     assert max(x for x, _ in pair["src_kps"]) < 30 and pair["errors"] == [0.0] * 12
-    (pair,) = (
-        p for p in pair_matches(clique, maps, partners, LabelConfig(points=24)) if (p["src"], p["trg"]) == (0, 1)
-    )
+    monkeypatch.undo()
+    pairs = pair_matches(clique, maps, partners, LabelConfig(points=24))
+    (pair,) = (p for p in pairs if (p["src"], p["trg"]) == (0, 1))
     assert sorted(pair["errors"])[::12] == [0.0, pytest.approx(5 / 60, abs=1e-4)]
 
 
 def test_an_image_is_a_single_instance_with_exactly_one_sure_box():
     boxes = torch.tensor([[10.4, 5.0, 30.2, 28.6], [1.0, 2.0, 3.0, 4.0]])
-    assert label.single_box(torch.tensor([0.95, 0.9]), boxes, (40, 30)) == (10, 5, 31, 29)
-    assert label.single_box(torch.tensor([0.95, 0.91]), boxes, (40, 30)) is None
-    assert label.single_box(torch.tensor([0.5, 0.4]), boxes, (40, 30)) is None
+    assert detector.single_box(torch.tensor([0.95, 0.9]), boxes, (40, 30)) == (10, 5, 31, 29)
+    assert detector.single_box(torch.tensor([0.95, 0.91]), boxes, (40, 30)) is None
+    assert detector.single_box(torch.tensor([0.5, 0.4]), boxes, (40, 30)) is None
     beyond = torch.tensor([[-3.0, -1.0, 45.0, 30.5]])
-    assert label.single_box(torch.tensor([0.99]), beyond, (40, 30)) == (0, 0, 40, 30)
+    assert detector.single_box(torch.tensor([0.99]), beyond, (40, 30)) == (0, 0, 40, 30)
     sliver = torch.tensor([[39.9, 29.9, 40.0, 30.0]])
-    assert label.single_box(torch.tensor([0.99]), sliver, (40, 30)) == (39, 29, 40, 30)
+    assert detector.single_box(torch.tensor([0.99]), sliver, (40, 30)) == (39, 29, 40, 30)
 
 
 def test_the_foregrounds_box_covers_its_cells_in_whole_pixels():
     mask = torch.zeros(4, 5, dtype=torch.bool)
     mask[1, 2] = mask[2, 3] = True
-    assert label.foreground_box(mask, (33, 22)) == (13, 5, 27, 17)  # cells of 6.6 x 5.5: 13.2..26.4, 5.5..16.5
+    # cells of 6.6 x 5.5: 13.2..26.4, 5.5..16.5
+    assert label.foreground_box(mask, (33, 22)) == (13, 5, 27, 17)
 
 
 def test_cliques_hold_the_asked_number_of_loops():
@@ -210,15 +214,11 @@ def test_cliques_hold_the_asked_number_of_loops():
         assert all(12 <= len(c) < 24 for c in cut) or (count < 12 and len(cut) == 1)
 
 
-def test_images_are_kept_by_class_or_all_together_and_the_worst_classes_go():
-    errors = {i: e for i, e in enumerate([0.3, 0.1, 0.2, 0.4] + [0.05, 0.06, 0.07, 0.08] + [0.9, 0.8, 0.7, 0.6])}
+def test_the_most_consistent_share_of_every_class_is_kept():
+    errors = dict(enumerate([0.3, 0.1, 0.2, 0.4] + [0.05, 0.06, 0.07, 0.08] + [0.9, 0.8, 0.7, 0.6]))
     labels = [0] * 4 + [1] * 4 + [2] * 4
-    kept, worst = label.select_images(errors, labels, LabelConfig(keep=0.5))
-    assert kept == {0: [1, 2], 1: [4, 5], 2: [11, 10]} and worst == set()
-    kept, worst = label.select_images(errors, labels, LabelConfig(keep=0.5, drop_worst=0.34))
-    assert kept == {0: [1, 2], 1: [4, 5]} and worst == {2}
-    kept, _ = label.select_images(errors, labels, LabelConfig(keep=0.5, keep_by="all"))
-    assert kept == {0: [1, 2], 1: [4, 5, 6, 7], 2: []}
+    assert label.select_images(errors, labels, 0.5) == {0: [1, 2], 1: [4, 5], 2: [11, 10]}
+    assert label.select_images(errors, labels, 0.3) == {0: [1], 1: [4], 2: [11]}
     assert label.share_of(0.29, 100) == 29 and label.share_of(0.3, 9) == 2
 
 
@@ -226,7 +226,8 @@ def test_val_images_come_in_company_and_are_not_in_trn():
     kept = {k: list(range(100 * k, 100 * k + n)) for k, n in enumerate([5, 12, 40, 12, 12, 7])}
     splits = label.split_images(kept, 0.1, seed=0)
     sizes = {k: len(some) for k, some in splits["val"].items() if some}
-    assert sizes == {1: 6, 3: 6}  # owed: 6 + 0.5 + 1.2, paid at once; 1.7 + 4 are too few for a company; 1.7 + 4 + 1.2
+    # owed: 6 + 0.5 + 1.2, paid at once; 1.7 + 4 are too few for a company; 1.7 + 4 + 1.2
+    assert sizes == {1: 6, 3: 6}
     for k, members in kept.items():
         assert sorted(splits["trn"][k] + splits["val"][k]) == members
     assert label.split_images(kept, 0.0, 0)["val"] == dict.fromkeys(kept, [])
@@ -256,7 +257,8 @@ def test_keypoints_of_a_shape_move_to_their_namesakes():
         found = corresponding_points(a, b, np.array(list(a["kps"].values())))
         near += np.linalg.norm(found - np.array([b["kps"][n] for n in a["kps"]]), axis=1).tolist()
         inside = np.argwhere(np.asarray(a["mask"]))[::7, ::-1]
-        assert np.linalg.norm(corresponding_points(a, a, inside) - inside, axis=1).max() < 2  # an outline's width
+        apart = np.linalg.norm(corresponding_points(a, a, inside) - inside, axis=1)
+        assert apart.max() < 2  # an outline's width
     assert np.mean(np.array(near) < 2) > 0.9
 
 
@@ -276,13 +278,14 @@ def test_a_detector_keeps_single_instances_and_its_box_bounds_the_points(tmp_pat
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_shape("fish", k, 64)["image"].resize(size).save(path)
     checkpoint = small_checkpoint(tmp_path)
-    monkeypatch.setattr(label, "load_detector", lambda weights, device: OneOrTwoObjects())
-    options = dict(
-        dataset="folder", root=str(tmp_path / "root"), loops=2, cap=9.0, keep=1.0, fewest=1, val=0.0, device="cpu"
-    )
-    summary = label.label(LabelConfig(checkpoint, out=str(tmp_path / "out"), detector=True, **options))
-    funnel = {"seen": 8, "unreadable": 0, "without_a_single_object": 2, "without_foreground": 0, "measured": 6}
-    assert summary["images"] == funnel | {"alone": 0, "kept": 6, "used": 6} and summary["box"] == "detector"
+    monkeypatch.setattr(detector, "load_detector", lambda weights, device: OneOrTwoObjects())
+    for name, value in (("CAP", 9.0), ("FEWEST", 1), ("VAL", 0.0)):
+        monkeypatch.setattr(label, name, value)
+    flags = f"--checkpoint {checkpoint} --root {tmp_path}/root --out {tmp_path}/out --loops 2 --keep 1"
+    summary = label.main([*flags.split(), "--detector", "--device", "cpu"])
+    funnel = {"seen": 8, "unreadable": 0, "without_a_single_object": 2, "without_foreground": 0}
+    assert summary["images"] == funnel | {"measured": 6, "alone": 0, "kept": 6, "used": 6}
+    assert summary["box"] == "detector"
     files = list((tmp_path / "out/SC-ImageNet/PairAnnotation/trn").iterdir())
     assert len(files) == summary["pairs"]["trn"] > 0
     for file in files:
@@ -295,25 +298,24 @@ def test_a_detector_keeps_single_instances_and_its_box_bounds_the_points(tmp_pat
 
 def small_checkpoint(folder: Path) -> str:
     """A checkpoint of an untrained cascade."""
-    from train import build_optimizer, save_checkpoint
-
-    cfg = Config(backbone="random_vit8", size=64, volume_width=4, volume_heads=1, ffn_ratio=0.25)
-    cascade = Cascade(cfg)
-    save_checkpoint(folder / "small.pt", cascade, build_optimizer(cascade), 0)
+    cascade = Cascade(Config(backbone="random_vit8", size=64, ffn_ratio=0.25))
+    save(folder / "small.pt", cascade, build_optimizer(cascade), 0)
     return str(folder / "small.pt")
 
 
 def test_a_file_that_is_no_detector_is_refused_in_one_line(tmp_path):
     torch.save({"weight": torch.zeros(1)}, tmp_path / "w.pth")
     for name in ("w.pth", "missing.pth"):
-        with pytest.raises(ValueError, match=f"cannot read the detector from .*{name} .*--detector-weights") as caught:
-            label.load_detector(str(tmp_path / name), torch.device("cpu"))
+        line = f"cannot read the detector from .*{name} .*--detector-weights"
+        with pytest.raises(ValueError, match=line) as caught:
+            detector.load_detector(str(tmp_path / name), torch.device("cpu"))
         assert "\n" not in str(caught.value)
 
 
 def test_precision_counts_right_matches_by_kind_and_by_loop_error():
-    judged = [("kept", 0.01, True), ("kept", 0.025, False), ("kept", 0.1, True), ("dropped images", 0.05, False)]
-    assert label.precision_table(judged, 0.1) == {
+    judged = [("kept", 0.01, True), ("kept", 0.025, False), ("kept", 0.1, True)]
+    judged += [("dropped images", 0.05, False)]
+    assert label_report.precision_table(judged, 0.1) == {
         "kept": [66.7, 3],
         "dropped images": [0.0, 1],
         "kept, loop error 0.0 to 2.5 %": [100.0, 1],
@@ -323,7 +325,7 @@ def test_precision_counts_right_matches_by_kind_and_by_loop_error():
 
 
 def test_a_drawn_shapes_label_is_judged_by_its_true_partner():
-    images = data.Shapes("train")
+    images = Shapes("train")
     src, trg = images.draw(3), images.draw(9)
     points = np.array(list(src["kps"].values()))[:4]
     truth = corresponding_points(src, trg, points)
@@ -331,12 +333,10 @@ def test_a_drawn_shapes_label_is_judged_by_its_true_partner():
     side = max(x1 - x0, y1 - y0)
     moved = truth + np.array([[0, 0], [0.09 * side, 0], [0, 0.11 * side], [side, 0]])
     pair = {"src": 3, "trg": 9, "src_kps": points.tolist(), "trg_kps": moved.tolist()}
-    assert label.precision(images, pair) == [True, True, False, False]
+    assert label_report.right_matches(images, pair) == [True, True, False, False]
 
 
 def test_a_labelled_pair_is_drawn_green_where_loops_close_and_red_where_they_miss(tmp_path):
-    from evaluate import draw_pair
-
     Image.new("RGB", (200, 160)).save(tmp_path / "a.png")
     images = data.ImageSet([tmp_path / "a.png"] * 2, [0, 0], ["duck"])
     pair = {"src": 0, "trg": 1, "errors": [0.0, 0.4], "score": 0.2}
@@ -346,42 +346,55 @@ def test_a_labelled_pair_is_drawn_green_where_loops_close_and_red_where_they_mis
     assert good[1] > 200 and good[0] < 60 and bad[0] > 200 and bad[1] < 60
 
 
-def test_exactly_half_of_the_other_images_are_enough():
+def test_exactly_half_of_the_other_images_are_enough(monkeypatch):
+    monkeypatch.setattr(label, "FEWEST", 1)
     clique, maps, partners = shifted_clique(26, 2, 3)
     maps[14:, 1] += torch.tensor([2.0, 0.0])  # 12 of 24 send the points of 0 elsewhere in 1
-    (pair,) = (p for p in pair_matches(clique, maps, partners, LabelConfig(fewest=1)) if {p["src"], p["trg"]} == {0, 1})
+    pairs = pair_matches(clique, maps, partners, LabelConfig())
+    (pair,) = (p for p in pairs if {p["src"], p["trg"]} == {0, 1})
     assert len(pair["src_kps"]) == 6
     maps[13, 1] += torch.tensor([2.0, 0.0])
-    pairs = pair_matches(clique, maps, partners, LabelConfig(fewest=1))
+    pairs = pair_matches(clique, maps, partners, LabelConfig())
     assert not [p for p in pairs if {p["src"], p["trg"]} == {0, 1}]
 
 
-def test_matches_none_of_whose_loops_closes_are_dropped():
+def test_matches_none_of_whose_loops_closes_are_dropped(monkeypatch):
+    monkeypatch.setattr(label, "FEWEST", 1)
     clique, maps, partners = shifted_clique(4, 4, 5)
     maps[1, 0, 2, 3] += torch.tensor([0.0, 2.0])  # where every loop over cell 13 of 1 comes back
-    found = pair_matches(clique, maps, partners, LabelConfig(fewest=1))
+    found = pair_matches(clique, maps, partners, LabelConfig())
     (pair,) = (p for p in found if (p["src"], p["trg"]) == (0, 1))
     assert len(pair["src_kps"]) == 19 and [34.5, 24.5] not in pair["src_kps"]
-    found = pair_matches(clique, maps, partners, LabelConfig(fewest=1, cap=9.0))
+    monkeypatch.setattr(label, "CAP", 9.0)
+    found = pair_matches(clique, maps, partners, LabelConfig())
     (pair,) = (p for p in found if (p["src"], p["trg"]) == (0, 1))
     assert len(pair["src_kps"]) == 20 and max(pair["errors"]) == pytest.approx(20 / 50)
 
 
-def test_shards_of_other_images_are_refused_after_a_repair(tmp_path):
+def test_shards_of_other_images_are_refused_after_a_repair(tmp_path, monkeypatch):
     root = tmp_path / "root"
     for k in range(9):
         (root / "fish").mkdir(parents=True, exist_ok=True)
         draw_shape("fish", k, 64)["image"].save(root / "fish" / f"{k}.png")
     whole = (root / "fish/4.png").read_bytes()
     (root / "fish/4.png").write_bytes(whole[:500])
-    options = dict(dataset="folder", root=str(root), loops=2, cap=9.0, keep=1.0, fewest=1, device="cpu")
-    cfg = LabelConfig(small_checkpoint(tmp_path), out=str(tmp_path / "out"), **options)
-    assert label.label(cfg)["images"]["unreadable"] == 1
+    for name, value in (("CAP", 9.0), ("FEWEST", 1)):
+        monkeypatch.setattr(label, name, value)
+    checkpoint, out = small_checkpoint(tmp_path), tmp_path / "out"
+    flags = f"--checkpoint {checkpoint} --root {root} --out {out} --loops 2 --keep 1 --device cpu".split()
+    assert label.main(flags)["images"]["unreadable"] == 1
     (root / "fish/4.png").write_bytes(whole)
-    assert label.label(cfg)["images"]["unreadable"] == 1  # the shard stands, and the command line says how to remake it
+    assert label.main(flags)["images"]["unreadable"] == 1  # the shard stands; a line says how to remake it
     for shard in (tmp_path / "out/work/loops").iterdir():
         shard.unlink()
-    with pytest.raises(
-        ValueError, match=r"work/pairs was made with groups \w+, not \w+; give another --out, or delete"
-    ):
-        label.label(cfg)
+    refusal = r"work/pairs was made with groups \w+, not \w+; give another --out, or delete"
+    with pytest.raises(ValueError, match=refusal):
+        label.main(flags)
+
+
+def test_a_root_alone_means_class_folders_and_wants_a_checkpoint():
+    assert label.parse_config([]) == LabelConfig()
+    with pytest.raises(ValueError, match="give --checkpoint FILE"):
+        label.parse_config(["--root", "photos"])
+    cfg = label.parse_config("--root photos --checkpoint last.pt --detector-weights w.pth".split())
+    assert (cfg.dataset, cfg.root, cfg.detector) == ("folder", "photos", True)

@@ -1,6 +1,7 @@
 """experiments/peers.py: the peers' ways to score, one by one, against loops that follow each peer's rule."""
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -17,6 +18,8 @@ from PIL import Image
 from data import KeypointPair, KeypointSet
 from evaluate import predict, right_points, score
 from experiments import peers
+from experiments.cats import Cats
+from experiments.finetune import PROGRAM, FinetuneConfig
 from experiments.peers import PROTOCOLS, print_paper
 from modules import Features
 from support.benchmarks import pfwillow, span
@@ -39,7 +42,7 @@ class Pictures:
         return Image.new("RGB", self.sizes[index]), None
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Literal rules. A scene is a dictionary of plain lists and numbers; `side`: the image with the threshold.
 
 
@@ -268,7 +271,7 @@ def test_a_point_on_the_threshold_is_right_unless_the_peer_is_strict(name, rule,
         assert table[rule]["per_point"] == [100.0 * expected, 0.0, 100.0], factor
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The real PF-WILLOW
 
 
@@ -306,7 +309,7 @@ def test_all_pairs_of_real_pfwillow_are_scored_as_the_peer_scores_them(willow, n
     assert_scored_as_the_peer(willow, name, "bbox")
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Prediction of what a protocol asks for
 
 
@@ -367,7 +370,7 @@ def test_protocols_of_one_direction_share_their_predictions(numbered):
             assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -423,14 +426,31 @@ def test_an_unknown_protocol_is_named(run_peers, capsys):
     assert "--protocol" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_cats_checkpoint_is_scored_by_every_protocol(run_peers, tmp_path):
+    torch.manual_seed(0)
+    cats = Cats(FinetuneConfig(backbone="random_vit8", levels="0", size=64, projection=8)).eval()
+    state = {"program": PROGRAM, "model": cats.state_dict(), "config": dataclasses.asdict(cats.cfg)}
+    torch.save(state, tmp_path / "best.pt")
+    names, place = ["cats", "target"], tmp_path / "out.json"
+    run_peers("--checkpoint", tmp_path / "best.pt", "--protocol", *names, "--json", place)
+    report = json.loads(place.read_text())
+    assert (report["backbone"], report["levels"], report["size"]) == ("random_vit8", "0", 64)
+    assert list(report["scores"]) == names
+    for name in names:
+        asked = PROTOCOLS[name](shapes_pairs("test"))
+        expected = score(predict(cats, asked, ["cats"], quiet=True)["cats"], asked)
+        found = report["scores"][name]["cats"]["bbox"]["per_image"]
+        assert found == pytest.approx(expected["bbox"]["per_image"], abs=1e-3)
+
+
 def test_options_of_a_cascade_are_refused_for_cats(run_peers, tmp_path):
-    torch.save({"model": {}, "config": {}, "program": "experiments.finetune"}, tmp_path / "best.pt")
+    torch.save({"model": {}, "config": {}, "program": PROGRAM}, tmp_path / "best.pt")
     for option in (["--stage", "pixel"], ["--baseline", "nn"], ["--size", "64"], ["--dense"]):
         with pytest.raises(ValueError, match=f"holds CATs: {option[0]} does not apply"):
             run_peers("--checkpoint", tmp_path / "best.pt", *option)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The paper's rows
 
 
