@@ -56,7 +56,7 @@ def blocks_of_pairs(keypoints: data.KeypointSet, numbers: list[int], held: int) 
     return blocks
 
 
-def image_features(matcher, keypoints: data.KeypointSet, images: list[int], batch: int) -> dict[int, Features]:
+def features_of(matcher, keypoints: data.KeypointSet, images: list[int], batch: int) -> dict[int, Features]:
     """The features of every image, each of batch size 1; the sizes of the images are noted on the way."""
     found: dict[int, Features] = {}
     for first in range(0, len(images), batch):
@@ -88,7 +88,7 @@ def predict(matcher, keypoints: data.KeypointSet, methods: list[str], batch: int
     with tqdm(total=len(numbers), desc="pairs", disable=quiet, leave=False) as bar:
         for members in blocks_of_pairs(keypoints, numbers, held):
             images = sorted({i for n in members for i in keypoints.pairs[n][:2]})
-            features = image_features(matcher, keypoints, images, batch)
+            features = features_of(matcher, keypoints, images, batch)
             for first in range(0, len(members), batch):
                 some = members[first : first + batch]
                 pairs = [keypoints.pairs[n] for n in some]
@@ -102,6 +102,7 @@ def predict(matcher, keypoints: data.KeypointSet, methods: list[str], batch: int
                         places = places[: len(p.src_kps)]
                         found[method][n] = data.cells_to_pixels(places, keypoints.size(p.trg), trg.grid)
                 bar.update(len(some))
+            features.clear()  # before those of the next block are made
     return {method: [places[n] for n in numbers] for method, places in found.items()}
 
 

@@ -7,6 +7,8 @@ import math
 import os
 import re
 import statistics
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -400,6 +402,21 @@ def test_protocols_are_scored_one_after_another_each_under_its_own_header(run_pe
         expected = score(predict(cascade, asked, ["nn"], quiet=True)["nn"], asked, rule="img")["img"]
         assert list(table["nn"]) == ["img"] and table["nn"]["img"]["per_image"] == expected["per_image"]
     assert scores["cats"] != scores["mmnet"]
+
+
+def test_three_processes_write_exactly_what_one_writes(tmp_path):
+    """200 pairs: three do not divide them, and cut categories in two. Each table is printed once."""
+    args = ["experiments.peers", "--dataset", "shapes", "--device", "cpu", "--baseline", "nn", "hough"]
+    several = ["torch.distributed.run", "--standalone", "--nproc_per_node=3", "-m"]
+    said = []
+    for name, launcher in (("one", []), ("several", several)):
+        line = [sys.executable, "-m", *launcher, *args, "--protocol", "target", "cats", "--json"]
+        done = subprocess.run([*line, str(tmp_path / name)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        said.append(re.sub(r"in .* s, .* pairs/s", "", done.stdout))
+    assert (tmp_path / "one").read_text() == (tmp_path / "several").read_text()
+    assert said[0] == said[1] and said[0].count("hough on shapes test: 200 pairs") == 2
+    assert list(json.loads((tmp_path / "one").read_text())["scores"]["cats"]) == ["nn", "hough"]
 
 
 def test_padded_rules_are_named_so_on_pfwillow_alone(capsys):
