@@ -1,13 +1,11 @@
-"""Stage 3, pixel-level matching: the pseudo-label generator (paper, section 3.2), and the matcher of two
-pictures.
+"""Stage 3, pixel-level matching: the pseudo-label generator (paper, section 3.2), and the matcher.
 
 Whole images -> a third MVAM -> volume, trained by binary cross-entropy (after MMNet) on the 16 pairs of the
-region stage, in both directions. At inference it is the matcher: it transfers keypoints and generates pairs.
+region stage, in both directions. At inference it transfers keypoints and generates pairs.
 
-    python pixel_stage.py                                                     # trains this stage alone python
-    pixel_stage.py a.jpg b.jpg --checkpoint F --out m.png              # matches two pictures and draws it
-    python pixel_stage.py a.jpg b.jpg --checkpoint F --points 40,52 118.5,60  # transfers points (pixels of
-    a.jpg)
+    python pixel_stage.py                                                    # trains this stage alone
+    python pixel_stage.py a.jpg b.jpg --checkpoint F --out m.png             # matches two pictures, draws it
+    python pixel_stage.py a.jpg b.jpg --checkpoint F --points 40,52 118.5,60 # where points of a.jpg go, in px
 
 The pictures come first; `python pixel_stage.py a.jpg b.jpg --help` explains the options of matching, `--help`
 alone those of training.

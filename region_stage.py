@@ -4,8 +4,8 @@ The window pairs of the image stage -> a second MVAM -> 5^4 volumes, trained by 
 windows. Hough matching and the foreground pick the one best cell pair of every window pair; mapped back to
 the image and thinned by non-maximum suppression, 16 of them supervise the pixel stage.
 
-    python region_stage.py                                  # trains this stage alone; the image stage stays
-    as is python region_stage.py --checkpoint runs/image/last.pt  # ... and comes from a checkpoint
+    python region_stage.py                                  # trains this stage alone, image stage as is
+    python region_stage.py --checkpoint runs/image/last.pt  # ... and comes from a checkpoint
 """
 
 import torch

@@ -102,7 +102,7 @@ class Config:
     # group: run
     checkpoint: str | None = None  # stages to start from
     seed: int = 0  # of initial weights, pairing and crops
-    workers: int = 0  # run.processes that load images
+    workers: int = 0  # processes that load images
     amp: bool = True  # bfloat16 around the network, on GPUs only
     device: str = "auto"  # auto: a GPU if there is one; cpu; cuda
     out: str = "runs/train"  # folder for checkpoints, metrics.jsonl, pictures

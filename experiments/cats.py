@@ -3,7 +3,7 @@
 Hyperpixels of a ResNet, or several blocks of a ViT, at 16x16 cells -> a cosine volume a level, each filtered
 by mutual nearest neighbours -> a transformer that reads the volumes' rows beside projected features, once for
 the target's cells and once, with the same weights, for the source's -> mean over levels -> soft-argmax: where
-in the source every cell of the target lies. Trained by finetune.py, scored by peers.py.
+in the source every cell of the target lies. Trained by `experiments.finetune`, scored by `experiments.peers`.
 
 A volume is (B, Ns, Nt) here, source first, N = 16 * 16. Its roles are CATs' own: the target's cells look into
 the source. `Cats.transfer` moves points source to target like the cascade's, the images handed in swapped.

@@ -1,8 +1,8 @@
 """Time fast forms against literal ones, each in one run: python tests/benchmark.py
 
-On a machine with a GPU, also the label generator and an evaluation of SPair-71k's size, both as the paper has them
-(ViT-B/16, 512 px; random weights). With --pfwillow DIR --weights FILE, also PF-WILLOW with the backbone run once an
-image against twice a pair.
+On a machine with a GPU, also the label generator and an evaluation of SPair-71k's size, both as the paper has
+them (ViT-B/16, 512 px; random weights). With --pfwillow DIR --weights FILE, also PF-WILLOW with the backbone
+run once an image against twice a pair.
 """
 
 import argparse
@@ -51,9 +51,9 @@ def clock(function, repeats: int) -> float:
 
 def single_loop(cascade: Cascade, clique: Clique, s: int, m: int, t: int) -> torch.Tensor:
     """The errors of one loop from three volumes of its own."""
-    points = cells_to_xy(torch.arange(clique.foreground.shape[1], device=clique.side.device), clique.feats.grid[1])[
-        None
-    ]
+    points = cells_to_xy(
+        torch.arange(clique.foreground.shape[1], device=clique.side.device), clique.feats.grid[1]
+    )[None]
     for ends in ((s, m), (m, t), (t, s)):
         corr = cascade.volume(*(Features(*(x[i : i + 1] for x in clique.feats)) for i in ends))
         points = read_at(kernel_soft_argmax(corr).permute(0, 3, 1, 2), points)
@@ -78,7 +78,12 @@ def label_speed(cascade: Cascade, device: torch.device, count: int = 12) -> None
         feats = features()
         grid = size // patch
         one = torch.ones(count, device=device)
-        frames = [(128, 128)] * count, [(0, 0, 128, 128)] * count, one[:, None].expand(-1, 2) * 128 / grid, one * 128
+        frames = (
+            [(128, 128)] * count,
+            [(0, 0, 128, 128)] * count,
+            one[:, None].expand(-1, 2) * 128 / grid,
+            one * 128,
+        )
         clique = Clique(list(range(count)), feats, *frames, feats.foreground(0.5).flatten(1))
 
         def loops() -> None:
@@ -137,13 +142,14 @@ def spair_speed(cascade: Cascade, device: torch.device) -> None:
     start = time.perf_counter()
     predict(cascade.to(device).eval(), keypoints, ["pixel"], batch=16, quiet=True)
     seconds = time.perf_counter() - start
-    print(
-        f"1,800 images, 12,234 pairs, {cascade.cfg.size} px, {device}: {seconds:.0f} s, {12_234 / seconds:.0f} pairs/s"
-    )
+    rate = f"{seconds:.0f} s, {12_234 / seconds:.0f} pairs/s"
+    print(f"1,800 images, 12,234 pairs, {cascade.cfg.size} px, {device}: {rate}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pfwillow", help="folder of PF-WILLOW")
     parser.add_argument("--weights", help="a file of DINOv2 ViT-S/14's weights")
     args = parser.parse_args()
@@ -162,7 +168,8 @@ def main() -> None:
         )
         for name, ours, literal in rows:
             fast, slow = clock(ours, 20), clock(literal, 3)
-            print(f"{n}^4 {name:31s} {fast * 1e3:7.2f} ms, literal {slow * 1e3:8.2f} ms, {slow / fast:6.1f} times")
+            times = f"{fast * 1e3:7.2f} ms, literal {slow * 1e3:8.2f} ms, {slow / fast:6.1f} times"
+            print(f"{n}^4 {name:31s} {times}")
     label_speed(Cascade(Config(**PRESETS["quick"])), torch.device("cpu"))
     if torch.cuda.is_available():
         with tempfile.NamedTemporaryFile(suffix=".pth") as file:

@@ -1,4 +1,5 @@
-"""Literal forms of what modules.py computes: loops and tables as the sources write them, the yardstick of the tests."""
+"""Literal forms of what modules.py computes: loops and tables as the sources write them, the yardstick of the
+tests."""
 
 import math
 
@@ -7,8 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def greedy_literal(score: Tensor, keep_s: Tensor | None = None, keep_t: Tensor | None = None) -> list[tuple[int, int]]:
-    """Algorithm 1 line by line on one volume (Hs, Ws, Ht, Wt): argmax, take both cells out, until one side is empty."""
+def greedy_literal(
+    score: Tensor, keep_s: Tensor | None = None, keep_t: Tensor | None = None
+) -> list[tuple[int, int]]:
+    """Algorithm 1 line by line on one volume (Hs, Ws, Ht, Wt): argmax, take both cells out, until one side is
+    empty."""
     table = score.flatten(2).flatten(0, 1).clone()
     sources = table.shape[0] if keep_s is None else int(keep_s.sum())
     targets = table.shape[1] if keep_t is None else int(keep_t.sum())
@@ -25,7 +29,8 @@ def greedy_literal(score: Tensor, keep_s: Tensor | None = None, keep_t: Tensor |
 
 
 def hough_table(corr: Tensor, side: int = 5, exponent: float = 3.0) -> Tensor:
-    """Hough matching as HPF writes it, one volume (Hs, Ws, Ht, Wt): votes scattered into a table of N x bins."""
+    """Hough matching as HPF writes it, one volume (Hs, Ws, Ht, Wt): votes scattered into a table of N x
+    bins."""
     hs, ws, ht, wt = corr.shape
     a = corr.clamp(min=0).pow(exponent).flatten(2).flatten(0, 1)  # (Ns, Nt)
     s = torch.stack([torch.arange(hs * ws) % ws, torch.arange(hs * ws) // ws], -1)

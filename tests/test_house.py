@@ -1,4 +1,5 @@
-"""The layout holds: which file may import which, how large files and functions are, and what every file says first."""
+"""The layout holds: which file may import which, how large files and functions are, and what every file says
+first."""
 
 import ast
 import io
@@ -18,7 +19,10 @@ SIZES = {  # lines of code at most: without blank lines, comments and docstrings
     "label.py": 400,
     "evaluate.py": 270,
 }
-FILES = [*SIZES, *(str(p.relative_to(ROOT)) for room in ("support", "experiments") for p in (ROOT / room).glob("*.py"))]
+FILES = [
+    *SIZES,
+    *(str(p.relative_to(ROOT)) for room in ("support", "experiments") for p in (ROOT / room).glob("*.py")),
+]
 FILES = [name for name in FILES if not name.endswith("__init__.py")]
 NAMES = {name.removesuffix(".py").replace("/", "."): name for name in FILES}
 # support/ files that modules.py builds on
@@ -28,12 +32,22 @@ BELOW_MODULES = {"support.ours"}
 def lines_of_code(source: str) -> set[int]:
     """Numbers of the lines that hold code."""
     found: set[int] = set()
-    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    silent = (
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENDMARKER,
+    )
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in silent:
             found |= set(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and ast.get_docstring(node) is not None
+        ):
             found -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     return found
 
@@ -70,14 +84,20 @@ def test_rooms_import_only_what_they_may():
         if room != "experiments":
             assert not any(other.startswith("experiments.") for other in now | later), name
         if room == "support":
-            assert all(other in ("modules", "data") or other.startswith("support.") for other in now | later), name
+            assert all(
+                other in ("modules", "data") or other.startswith("support.") for other in now | later
+            ), name
     assert imports_of("modules")[0] == BELOW_MODULES
     for name in BELOW_MODULES | {"data"}:
         assert imports_of(name) == (set(), set()), f"{name} imports something of ours"
 
 
 def test_late_imports_are_the_two_doors():
-    doors = {name: later for name in NAMES if not name.startswith("experiments.") and (later := imports_of(name)[1])}
+    doors = {
+        name: later
+        for name in NAMES
+        if not name.startswith("experiments.") and (later := imports_of(name)[1])
+    }
     assert doors == {
         "image_stage": {"train"},
         "region_stage": {"train"},
@@ -124,4 +144,6 @@ def test_options_stay_few():
     assert options(LabelConfig) <= 21
     assert options(FinetuneConfig) + 2 <= 32
     parser = shared_options("")
-    assert sum(len(action.option_strings) > 0 for action in parser._actions) - 1 + 2 <= 20  # --visualize, --out
+    assert (
+        sum(len(action.option_strings) > 0 for action in parser._actions) - 1 + 2 <= 20
+    )  # --visualize, --out

@@ -42,7 +42,7 @@ def seed():
     torch.manual_seed(0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Backbone
 
 
@@ -65,7 +65,10 @@ def literal_vit(
     h, w = images.shape[-2] // patch, images.shape[-1] // patch
     weight = state["patch_embed.proj.weight"].flatten(1)
     cells = (
-        images.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 1, 4, 5).reshape(len(images), h * w, -1)
+        images.unfold(2, patch, patch)
+        .unfold(3, patch, patch)
+        .permute(0, 2, 3, 1, 4, 5)
+        .reshape(len(images), h * w, -1)
     )
     x = torch.cat(
         [state["cls_token"].expand(len(images), -1, -1), cells @ weight.T + state["patch_embed.proj.bias"]], 1
@@ -99,7 +102,9 @@ def test_backbone_matches_a_vit_of_matrix_products(small, name):
     state, spec = randomise(backbone), backbone.vit.spec
     images = torch.randn(2, 3, 3 * spec.patch, 5 * spec.patch)
     feat, token, attention = backbone(images, attention=True)
-    expected = literal_vit(state, images, spec.heads, spec.patch, backbone.vit.position_embedding(3, 5), layer=1)
+    expected = literal_vit(
+        state, images, spec.heads, spec.patch, backbone.vit.position_embedding(3, 5), layer=1
+    )
     torch.testing.assert_close(feat, expected[:, -15:], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(token, expected[:, 0], rtol=1e-3, atol=1e-4)
     assert attention.shape == (2, 3, 5)
@@ -123,7 +128,8 @@ def test_several_blocks_stand_side_by_side(small):
 
 
 def test_conditioning_is_half_whitened_principal_axes():
-    """Against numpy's SVD: the projected cells have no mean, no correlations, and the root of the variance they had."""
+    """Against numpy's SVD: the projected cells have no mean, no correlations, and the root of the variance
+    they had."""
     cells = torch.randn(400, 7) @ torch.randn(7, 7) + 5 * torch.randn(7)
     conditioning = Conditioning(7, 3)
     conditioning.fit(cells)
@@ -132,7 +138,9 @@ def test_conditioning_is_half_whitened_principal_axes():
     variance = singular[:3] ** 2 / len(x)
     expected = (x - x.mean(0)) @ axes[:3].T / variance**0.25
     found = conditioning(cells).double().numpy()
-    np.testing.assert_allclose(found @ found.T, expected @ expected.T, rtol=1e-3, atol=1e-3)  # axes may change sign
+    np.testing.assert_allclose(
+        found @ found.T, expected @ expected.T, rtol=1e-3, atol=1e-3
+    )  # axes may change sign
     np.testing.assert_allclose(found.T @ found / len(x), np.diag(variance**0.5), atol=1e-3)
     np.testing.assert_allclose(conditioning(torch.from_numpy(x.mean(0)).float()).numpy(), 0, atol=1e-4)
     with pytest.raises(ValueError, match="--axes 3: 400 cells .* vary along fewer"):
@@ -142,7 +150,8 @@ def test_conditioning_is_half_whitened_principal_axes():
 
 
 def test_pair_axes_are_those_of_the_couples_own_cells():
-    """Against the conditioning of both images' cells together, a couple at a time; few cells leave axes at zero."""
+    """Against the conditioning of both images' cells together, a couple at a time; few cells leave axes at
+    zero."""
     src, trg = torch.randn(2, 30, 12) + 3, torch.randn(2, 20, 12)
     found = pair_axes(src, trg, axes=5)
     assert found[0].shape == (2, 30, 5) and found[1].shape == (2, 20, 5)
@@ -157,7 +166,8 @@ def test_pair_axes_are_those_of_the_couples_own_cells():
 
 
 def test_position_embedding_samples_with_the_official_scale_factor(small):
-    """DINO, iBOT and DINOv2 sample at (i + 0.5) * grid / (h + 0.1) - 0.5; DINOv2 with registers at the exact ratio."""
+    """DINO, iBOT and DINOv2 sample at (i + 0.5) * grid / (h + 0.1) - 0.5; DINOv2 with registers at the exact
+    ratio."""
 
     def cubic(table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Keys' cubic convolution, a = -0.75, along the first axis, borders repeated."""
@@ -167,7 +177,9 @@ def test_position_embedding_samples_with_the_official_scale_factor(small):
             for k in range(left - 1, left + 3):
                 d = abs(x - k)
                 near, far = 1.25 * d**3 - 2.25 * d**2 + 1, -0.75 * d**3 + 3.75 * d**2 - 6 * d + 3
-                row = row + (near if d <= 1 else far if d < 2 else 0.0) * table[min(max(k, 0), len(table) - 1)]
+                row = (
+                    row + (near if d <= 1 else far if d < 2 else 0.0) * table[min(max(k, 0), len(table) - 1)]
+                )
             out.append(row)
         return torch.stack(out)
 
@@ -187,18 +199,23 @@ def test_position_embedding_samples_with_the_official_scale_factor(small):
     table = vit.pos_embed[0, 1:].view(37, 37, -1)
     rows = cubic(table, (torch.arange(74) + 0.5) / 2 - 0.5)  # antialiasing changes nothing when enlarging
     both = cubic(rows.transpose(0, 1), (torch.arange(111) + 0.5) / 3 - 0.5).transpose(0, 1)
-    # Pillow-style resampling, which antialias=True selects, has a = -0.5: compare with torch's own on the exact size.
+    # Pillow-style resampling, which antialias=True selects, has a = -0.5: compare with torch's own on the
+    # exact size.
     official = F.interpolate(table.permute(2, 0, 1)[None], size=(74, 111), mode="bicubic", antialias=True)
     torch.testing.assert_close(vit.position_embedding(74, 111)[0, 1:], official[0].flatten(1).T)
     assert (official[0].permute(1, 2, 0) - both).abs().mean() < 0.1  # the same grid, another kernel
 
 
 def test_checkpoints_of_every_form_load_strictly(small, tmp_path):
-    """Flat, teacher-only, and iBOT's full training file with prefixes, head, masks, an argparse Namespace; half too."""
+    """Flat, teacher-only, and iBOT's full training file with prefixes, head, masks, an argparse Namespace;
+    half too."""
     source = Backbone("ibot_vits16")
     flat = randomise(source)
     prefixed = {f"module.backbone.{k}": v for k, v in flat.items()}
-    prefixed |= {"module.backbone.masked_embed": torch.zeros(1, 24), "module.head.mlp.0.weight": torch.zeros(3)}
+    prefixed |= {
+        "module.backbone.masked_embed": torch.zeros(1, 24),
+        "module.head.mlp.0.weight": torch.zeros(3),
+    }
     forms = {
         "flat": flat,
         "half": {k: v.half() for k, v in flat.items()},
@@ -227,7 +244,11 @@ def test_a_wrong_checkpoint_is_one_clear_error(small, tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     for name, state, words in (
         ("missing", missing, ("1 keys missing", "blocks.1.norm1.weight")),
-        ("extra", flat | {"blocks.9.norm1.weight": flat["norm.weight"]}, ("1 unknown", "blocks.9.norm1.weight")),
+        (
+            "extra",
+            flat | {"blocks.9.norm1.weight": flat["norm.weight"]},
+            ("1 unknown", "blocks.9.norm1.weight"),
+        ),
         ("wide", wide, ("norm.weight is (48,), not (24,)",)),
         ("noise", None, ("noise.pth", "--weights")),
         ("list", None, ("holds a list",)),
@@ -249,7 +270,9 @@ def test_weights_are_downloaded_once_into_the_hub_cache(small, tmp_path, monkeyp
     flat = randomise(Backbone("dino_vitb16"))
     torch.save(flat, tmp_path / "official.pth")
     spec = support.backbone.BACKBONES["dino_vitb16"]
-    monkeypatch.setitem(support.backbone.BACKBONES, "dino_vitb16", spec._replace(url=(tmp_path / "official.pth").as_uri()))
+    monkeypatch.setitem(
+        support.backbone.BACKBONES, "dino_vitb16", spec._replace(url=(tmp_path / "official.pth").as_uri())
+    )
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     assert torch.equal(load_backbone("dino_vitb16").vit.cls_token, flat["cls_token"])
     (tmp_path / "official.pth").unlink()
@@ -280,7 +303,7 @@ def test_backbone_stays_frozen_and_in_eval_mode():
         backbone(torch.randn(1, 3, 16, 30))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # MVAM
 
 
@@ -304,7 +327,9 @@ def test_eq1_matches_naive_loop():
                 parts = []
                 for h in range(heads):
                     part = slice(h * dim // heads, (h + 1) * dim // heads)
-                    logits = torch.stack([q[i, part] @ k[j, part] for j in range(len(y[b]))]) / math.sqrt(dim / heads)
+                    logits = torch.stack([q[i, part] @ k[j, part] for j in range(len(y[b]))]) / math.sqrt(
+                        dim / heads
+                    )
                     parts.append(sum(p * v[j, part] for j, p in enumerate(logits.softmax(0))))
                 result[b, i] = module.proj(torch.cat(parts)) * gate_x[i]
         return result
@@ -314,7 +339,9 @@ def test_eq1_matches_naive_loop():
 
 
 def features(batch: int, grid: tuple[int, int], dim: int) -> Features:
-    return Features(torch.randn(batch, grid[0] * grid[1], dim), torch.randn(batch, dim), torch.rand(batch, *grid))
+    return Features(
+        torch.randn(batch, grid[0] * grid[1], dim), torch.randn(batch, dim), torch.rand(batch, *grid)
+    )
 
 
 def test_untrained_mvam_is_the_backbones_own_cosine_volume():
@@ -367,26 +394,29 @@ def test_neighbourhood_consensus_matches_naive_loop(side):
 @pytest.mark.parametrize("sides", [(4, 4, 4, 4), (5, 7, 6, 3), (8, 4, 2, 6)])
 @pytest.mark.parametrize("shift", [False, True])
 def test_window_attention_equals_full_attention_with_a_mask(sides, shift):
-    """One attention over all tokens, where a token sees those of its window and, shifted, on its side of the seam."""
+    """One attention over all tokens, where a token sees those of its window and, shifted, on its side of the
+    seam."""
     dim, heads, window = 6, 2, 3
     block = WindowAttention4D(dim, heads, window, shift)
     torch.nn.init.normal_(block.bias)
     x = torch.randn(2, *sides, dim)
-    tokens = torch.tensor([(a, b, c, d) for a in range(sides[0]) for b in range(sides[1]) for c in range(sides[2])
-                           for d in range(sides[3])])  # fmt: skip
+    tokens = torch.tensor(list(itertools.product(*map(range, sides))))
     same = torch.ones(len(tokens), len(tokens), dtype=torch.bool)
     index = torch.zeros(len(tokens), len(tokens), dtype=torch.long)
     for axis, n in enumerate(sides):
         w = min(window, n)
         step = w // 2 if shift and n > w else 0
-        # Windows of a shifted side start at step - w, step, step + w, ...; the border cuts the first and the last.
+        # Windows of a shifted side start at step - w, step, step + w, ...; the border cuts the first and the
+        # last.
         cell = (tokens[:, axis] - step).div(w, rounding_mode="floor")
         same &= cell[:, None] == cell[None]
         delta = (tokens[:, None, axis] - tokens[None, :, axis]).clamp(1 - window, window - 1)
         index = index * (2 * window - 1) + delta + window - 1
     y = block.norm1(x).flatten(1, 4)
     q, k, v = block.qkv(y).view(2, len(tokens), 3, heads, -1).unbind(2)
-    logits = torch.einsum("bnhc,bmhc->bhnm", q, k) / math.sqrt(dim // heads) + block.bias[index].permute(2, 0, 1)
+    logits = torch.einsum("bnhc,bmhc->bhnm", q, k) / math.sqrt(dim // heads) + block.bias[index].permute(
+        2, 0, 1
+    )
     attention = logits.masked_fill(~same, float("-inf")).softmax(-1)
     y = block.proj(torch.einsum("bhnm,bmhc->bnhc", attention, v).flatten(2)).view_as(x)
     expected = x + y
@@ -418,7 +448,7 @@ def test_volume_aggregation_takes_any_size_and_padding_changes_nothing():
     assert torch.equal(out, module(F.pad(corr, [0, 1, 0, 0, 0, 1, 0, 1]))[:, :5, :7, :6, :3])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. (2)
 
 
@@ -433,7 +463,9 @@ def test_adaptive_pooling_matches_naive_loop(form):
             best = []
             for row, keep in zip(rows, mask):
                 if keep:
-                    best.append(float((row / temperature).softmax(0).max() if form == "softmax" else row.max()))
+                    best.append(
+                        float((row / temperature).softmax(0).max() if form == "softmax" else row.max())
+                    )
             means.append(sum(best) / len(best) if best else 0.0)
         assert float(got) == pytest.approx(sum(means) / 2, abs=1e-5)
 
@@ -446,7 +478,7 @@ def test_eq2_matches_naive_sum_and_leaves_out_same_class_negatives():
     assert float(mil_loss(pos, neg, every, ~every)) == pytest.approx(-(0.5 + 0.3 + 0.9) / 3)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # PMPS
 
 
@@ -479,14 +511,18 @@ def test_greedy_equals_algorithm1_on_larger_grids(kind):
 
 
 def test_an_empty_foreground_gives_no_pairs():
-    pairs = greedy_selection(torch.rand(2, 3, 2, 2, 4), torch.tensor([False, True])[:, None, None].expand(2, 3, 2))
+    pairs = greedy_selection(
+        torch.rand(2, 3, 2, 2, 4), torch.tensor([False, True])[:, None, None].expand(2, 3, 2)
+    )
     assert pairs.valid.sum(1).tolist() == [0, 6]
 
 
 @pytest.mark.parametrize("side", [1, 3, 5, 7])
 def test_hough_matches_loops_over_displacements(side):
     corr = torch.randn(1, 3, 2, 2, 4)
-    torch.testing.assert_close(hough_matching(corr, side=side, exponent=2.0)[0], hough_loop(corr[0], side, 2.0))
+    torch.testing.assert_close(
+        hough_matching(corr, side=side, exponent=2.0)[0], hough_loop(corr[0], side, 2.0)
+    )
 
 
 def test_hough_equals_the_table_of_bins_on_a_thousand_volumes():
@@ -535,7 +571,7 @@ def test_pair_nms_matches_naive_loop():
             assert torch.equal(out.score[b, :count], score[b, kept[:6]])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Keypoint transfer
 
 
@@ -547,8 +583,12 @@ def test_rows_are_read_bilinearly():
 
     got = rows(points)
     grid = points / torch.tensor([4.0, 3.0]) * 2 - 1  # the outermost cells at -1 and 1
-    sampled = F.grid_sample(corr.flatten(3).permute(0, 3, 1, 2), grid[:, None], align_corners=True)  # (B, Ht*Wt, 1, n)
-    torch.testing.assert_close(got, sampled[:, :, 0].transpose(1, 2).unflatten(2, (3, 2)), rtol=1e-4, atol=1e-5)
+    sampled = F.grid_sample(
+        corr.flatten(3).permute(0, 3, 1, 2), grid[:, None], align_corners=True
+    )  # (B, Ht*Wt, 1, n)
+    torch.testing.assert_close(
+        got, sampled[:, :, 0].transpose(1, 2).unflatten(2, (3, 2)), rtol=1e-4, atol=1e-5
+    )
     outside = rows(torch.tensor([[[-3.0, 9.0]]]).expand(2, 1, 2))
     assert torch.equal(outside[:, 0], corr[:, 3, 0])
 
@@ -563,12 +603,16 @@ def test_kernel_soft_argmax_matches_naive_loop():
                 gauss = math.exp(-0.5 * ((x - top[1]) ** 2 + (y - top[0]) ** 2) / 1.5**2)
                 weights[y, x] = math.exp(float(row[y, x] / row.max()) / 0.1) * gauss
         weights /= weights.sum()
-        expected = (float((weights.sum(0) * torch.arange(6)).sum()), float((weights.sum(1) * torch.arange(4)).sum()))
+        expected = (
+            float((weights.sum(0) * torch.arange(6)).sum()),
+            float((weights.sum(1) * torch.arange(4)).sum()),
+        )
         assert got.tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_transfer_goes_from_source_to_target():
-    """A volume that maps source cell (x, y) to target cell (x + 2, y + 1) moves points by that, source to target."""
+    """A volume that maps source cell (x, y) to target cell (x + 2, y + 1) moves points by that, source to
+    target."""
     corr = torch.zeros(1, 4, 5, 6, 8)
     for y in range(4):
         for x in range(5):

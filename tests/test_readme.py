@@ -6,9 +6,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]
+}
 TESTS = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-OTHER_PROGRAMS = {"--nproc_per_node", "--nnodes", "--standalone", "--benchmark", "--pretrained", "--load", "--upgrade"}
+OTHER_PROGRAMS = {
+    "--nproc_per_node",
+    "--nnodes",
+    "--standalone",
+    "--benchmark",
+    "--pretrained",
+    "--load",
+    "--upgrade",
+}
 
 
 def known_options() -> set[str]:
@@ -61,7 +71,9 @@ def test_the_readme_is_one_page_and_leads_to_every_other():
     for page in PAGES:
         assert page == "README.md" or f"({page})" in PAGES["README.md"], page
     for picture in ROOT.glob("docs/*.jpg"):
-        assert picture.stat().st_size < 300_000 and any(f"{picture.name})" in text for text in PAGES.values()), picture
+        assert picture.stat().st_size < 300_000 and any(
+            f"{picture.name})" in text for text in PAGES.values()
+        ), picture
 
 
 def test_it_names_the_eight_files_in_reading_order():

@@ -34,7 +34,9 @@ def config(**changes) -> Config:
 
 
 def features(batch: int, grid: tuple[int, int], dim: int = DIM) -> Features:
-    return Features(torch.randn(batch, grid[0] * grid[1], dim), torch.randn(batch, dim), torch.rand(batch, *grid))
+    return Features(
+        torch.randn(batch, grid[0] * grid[1], dim), torch.randn(batch, dim), torch.rand(batch, *grid)
+    )
 
 
 def shaken(stage: torch.nn.Module) -> torch.nn.Module:
@@ -44,7 +46,7 @@ def shaken(stage: torch.nn.Module) -> torch.nn.Module:
     return stage
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Image stage
 
 
@@ -127,7 +129,7 @@ def test_windows_are_five_cells_wide_and_shift_inward_at_the_border():
         assert torch.equal(windows.saliency[k], image.saliency[0, y0 : y0 + 5, x0 : x0 + 5])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Region stage
 
 
@@ -154,13 +156,16 @@ def test_region_loss_is_eq2_over_windows_of_rolled_images():
 
 
 def test_one_best_foreground_pair_per_window_mapped_back_to_the_image(monkeypatch):
-    """The volume of every window pair is set by hand; the pair that comes back must be its best one, in image cells."""
+    """The volume of every window pair is set by hand; the pair that comes back must be its best one, in image
+    cells."""
     monkeypatch.setattr("region_stage.NMS_RADIUS", 0.0)
     cfg = config(hough=False, pairs=3)
     region = RegionStage(DIM, cfg)
     grid_s, grid_t = (7, 9), (8, 6)
     src, trg = features(1, grid_s), features(1, grid_t)
-    centres = Pairs(torch.tensor([[0, 30, 62]]), torch.tensor([[47, 20, 3]]), torch.ones(1, 3), torch.ones(1, 3) > 0)
+    centres = Pairs(
+        torch.tensor([[0, 30, 62]]), torch.tensor([[47, 20, 3]]), torch.ones(1, 3), torch.ones(1, 3) > 0
+    )
     regions = ImageStage(DIM, cfg).regions(centres, src, trg)
     ones = [x._replace(saliency=torch.ones(3, 5, 5)) for x in (regions.src, regions.trg)]
     ones[1].saliency[1, 2, 2] = 0  # the best target cell of window 1 is background
@@ -182,12 +187,13 @@ def test_region_aggregation_is_one_window_over_the_whole_volume():
     assert (corr.grad != 0).all()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pixel stage
 
 
 def test_soft_target_matches_mmnets_formula():
-    """Inverse-distance weights on the surrounding cells, then a 3x3 Gaussian that loses what leaves the grid."""
+    """Inverse-distance weights on the surrounding cells, then a 3x3 Gaussian that loses what leaves the
+    grid."""
     height, width = 4, 6
     for x, y in ((2.3, 1.6), (0.0, 0.0), (5.0, 2.5), (4.0, 3.0)):
         near = [(i, j) for j in {math.floor(y), math.ceil(y)} for i in {math.floor(x), math.ceil(x)}]
@@ -214,7 +220,10 @@ def test_pixel_loss_is_binary_cross_entropy_in_both_directions():
     for b, k in ((0, 0), (0, 1), (1, 0)):
         i, j = int(pairs.src[b, k]), int(pairs.trg[b, k])
         table = corr[b].flatten(2).flatten(0, 1)
-        for row, (x, y), (h, w) in ((table[i], (j % 2, j // 2), (4, 2)), (table[:, j], (i % 4, i // 4), (3, 4))):
+        for row, (x, y), (h, w) in (
+            (table[i], (j % 2, j // 2), (4, 2)),
+            (table[:, j], (i % 4, i // 4), (3, 4)),
+        ):
             p = (row / 0.2).softmax(0)
             t = soft_target(torch.tensor([float(x), float(y)]), h, w).flatten()
             total += float(torch.nn.functional.binary_cross_entropy(p, t, reduction="sum"))
@@ -224,14 +233,16 @@ def test_pixel_loss_is_binary_cross_entropy_in_both_directions():
 
 def test_pixel_loss_without_pairs_is_zero_and_still_differentiable():
     stage = shaken(PixelStage(DIM, config()))
-    none = Pairs(*(torch.zeros(1, 4, dtype=torch.long),) * 2, torch.zeros(1, 4), torch.zeros(1, 4, dtype=torch.bool))
+    none = Pairs(
+        *(torch.zeros(1, 4, dtype=torch.long),) * 2, torch.zeros(1, 4), torch.zeros(1, 4, dtype=torch.bool)
+    )
     loss = stage.loss(stage(features(1, (5, 6)), features(1, (6, 5))), none)
     loss.backward()
     assert float(loss.detach()) == 0
     assert all(p.grad is not None and float(p.grad.abs().max()) == 0 for p in stage.parameters())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The cascade
 
 
@@ -244,7 +255,9 @@ def one_batch(cascade: Cascade) -> tuple[Features, Features, torch.Tensor]:
     return src, trg, torch.tensor([0, 1, 2])
 
 
-@pytest.mark.parametrize("changes", [{}, {"residual": False, "ffn_ratio": 0.0}, {"ap": "max"}, {"hough": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"residual": False, "ffn_ratio": 0.0}, {"ap": "max"}, {"hough": False}]
+)
 def test_gradients_reach_every_trainable_parameter_and_never_the_backbone(changes):
     cascade = small_cascade(**changes)
     _, losses = cascade(*one_batch(cascade))

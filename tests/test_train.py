@@ -1,4 +1,5 @@
-"""The training loop and its command lines: what resumes, what splits over processes, what stops and what is refused."""
+"""The training loop and its command lines: what resumes, what splits over processes, what stops and what is
+refused."""
 
 import dataclasses
 import json
@@ -24,7 +25,8 @@ from train import Cascade, Config, build_optimizer, learning_rate, load_cascade,
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
-    "--backbone random_vit8 --size 64 --batch 3 --candidates 6 --ffn-ratio 0.25 --val none --log-every 1 --device cpu"
+    "--backbone random_vit8 --size 64 --batch 3 --candidates 6 --ffn-ratio 0.25 --val none --log-every 1"
+    " --device cpu"
 ).split()
 
 
@@ -54,7 +56,8 @@ def assert_same_weights(a: Path, b: Path, **tolerance) -> None:
 
 
 def test_two_processes_equal_one_that_accumulates(tmp_path):
-    """torchrun with two processes against one process with two micro-batches: losses and weights after five steps."""
+    """torchrun with two processes against one process with two micro-batches: losses and weights after five
+    steps."""
     steps = ["--steps", "5", "--optimizer", "sgd", "--lr", "0.05"]
     torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
     two = run("train.py", *SMALL, *steps, "--out", tmp_path / "two", launcher=torchrun)
@@ -123,14 +126,17 @@ def test_resume_survives_a_torn_line_and_refuses_another_optimiser(tmp_path, cap
     last = str(tmp_path / "last.pt")
     train(*parse_config(["--resume", last, "--steps", "3"]))
     assert [line["step"] for line in losses(tmp_path)] == [1, 2, 3]
-    with pytest.raises(ValueError, match="--resume goes on with the run as it was: --optimizer cannot change"):
+    with pytest.raises(
+        ValueError, match="--resume goes on with the run as it was: --optimizer cannot change"
+    ):
         parse_config(["--resume", last, "--optimizer", "sgd"], None)
     with pytest.raises(ValueError, match="--only cannot change"):
         parse_config(["--resume", last], "region")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
-    out = run("train.py", *SMALL, "--steps", "60", "--optimizer", "sgd", "--lr", "1e30", "--out", tmp_path, "--save-every", "1")  # fmt: skip
+    steep = "--steps 60 --optimizer sgd --lr 1e30 --save-every 1".split()
+    out = run("train.py", *SMALL, *steep, "--out", tmp_path)
     assert out.returncode == 1
     assert re.search(r"^error: step \d+: loss .* is not finite", out.stderr, re.MULTILINE)
     assert "Traceback" not in out.stderr
@@ -140,7 +146,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
 def test_backbone_runs_once_per_image_and_step(tmp_path, monkeypatch):
     seen = []
     original = Cascade.features
-    monkeypatch.setattr(Cascade, "features", lambda self, x, s=None: seen.append(len(x)) or original(self, x, s))
+    monkeypatch.setattr(
+        Cascade, "features", lambda self, x, s=None: seen.append(len(x)) or original(self, x, s)
+    )
     train(*configured(tmp_path, "--steps", "2", "--accumulate", "2"))
     assert seen == [6] * 4  # a source and a target for each of three pairs, in every micro-batch
 
@@ -168,7 +176,9 @@ def test_eq3_weights_the_losses(tmp_path):
     weights = ["--lambda-image", "0.5", "--lambda-region", "2", "--lambda-pixel", "0.25"]
     train(*configured(tmp_path, "--steps", "1", *weights))
     line = losses(tmp_path)[0]
-    assert line["loss"] == pytest.approx(0.5 * line["image"] + 2 * line["region"] + 0.25 * line["pixel"], rel=1e-5)
+    assert line["loss"] == pytest.approx(
+        0.5 * line["image"] + 2 * line["region"] + 0.25 * line["pixel"], rel=1e-5
+    )
 
 
 def test_learning_rate_schedule():
@@ -222,7 +232,11 @@ def test_bad_options_are_one_line(tmp_path, flags, words, capsys):
 
 
 def test_a_value_that_is_no_choice_is_refused_with_the_choices(capsys):
-    for flags, known in ((["--optimizer", "lion"], "adamw"), (["--dataset", "cub"], "folder"), (["--stages", "4"], "3")):
+    for flags, known in (
+        (["--optimizer", "lion"], "adamw"),
+        (["--dataset", "cub"], "folder"),
+        (["--stages", "4"], "3"),
+    ):
         with pytest.raises(SystemExit) as error:
             parse_config(flags)
         said = capsys.readouterr().err.splitlines()[-1]
@@ -240,7 +254,9 @@ def test_a_root_alone_means_class_folders():
 
 def test_literal_is_the_paper_without_anything_of_ours():
     cfg, _ = parse_config(["--preset", "literal", "--root", "x"])
-    assert not (cfg.residual or cfg.ffn_ratio or cfg.augment or cfg.consensus or cfg.loop_radius or cfg.frozen_share)
+    assert not (
+        cfg.residual or cfg.ffn_ratio or cfg.augment or cfg.consensus or cfg.loop_radius or cfg.frozen_share
+    )
     assert (cfg.temperature, cfg.ap, cfg.mil_lr, cfg.saliency_rescale) == (1, "max", 1, False)
     assert (cfg.optimizer, cfg.lr, cfg.batch, cfg.size, cfg.backbone) == ("sgd", 3e-5, 4, 512, "ibot_vitb16")
     rates = build_optimizer(Cascade(dataclasses.replace(cfg, backbone="random_vit8", size=64))).param_groups
@@ -269,7 +285,9 @@ def test_a_checkpoint_refuses_another_backbone_and_another_shape(tmp_path):
         load_cascade(path, ffn_ratio=0.5)
     state = torch.load(path, weights_only=True)
     torch.save(state | {"config": state["config"] | {"heads": 4}}, path)  # as before this layout
-    with pytest.raises(ValueError, match="written by another version of train.py .option heads.; train it anew"):
+    with pytest.raises(
+        ValueError, match="written by another version of train.py .option heads.; train it anew"
+    ):
         load_cascade(path)
 
 
@@ -281,7 +299,9 @@ def test_conditioning_is_found_from_training_images_and_goes_with_the_checkpoint
     views = [prepare(images.load(k)[0], None, 64, 8)[0] for k in range(0, len(images), len(images) // 256)]
     feat = cascade.backbone(torch.stack(views))[0].flatten(0, 1)
     torch.testing.assert_close(cascade.conditioning.mean, feat.mean(0), rtol=1e-3, atol=1e-4)
-    variance = torch.linalg.eigvalsh((feat - feat.mean(0)).T.double() @ (feat - feat.mean(0)).double() / len(feat))
+    variance = torch.linalg.eigvalsh(
+        (feat - feat.mean(0)).T.double() @ (feat - feat.mean(0)).double() / len(feat)
+    )
     found = cascade.conditioning(feat).var(0, correction=0)
     torch.testing.assert_close(found, variance.flip(0)[:12].sqrt().float(), rtol=1e-2, atol=1e-4)
     with pytest.raises(ValueError, match="does not fit the conditioning"):
@@ -303,12 +323,25 @@ def test_class_folders_train_with_maps_crops_and_a_corrupt_file(tmp_path):
                 tmp_path / f"maps/{category}/im_{k}_sal.png"
             )
     (tmp_path / "images/dog/im_2.jpg").write_bytes(b"\xff\xd8 cut short")
-    flags = ["--dataset", "folder", "--root", tmp_path / "images", "--saliency", tmp_path / "maps", "--steps", "4"]
+    flags = [
+        "--dataset",
+        "folder",
+        "--root",
+        tmp_path / "images",
+        "--saliency",
+        tmp_path / "maps",
+        "--steps",
+        "4",
+    ]
     out = run("train.py", *SMALL, *flags, "--out", tmp_path / "run")
     assert out.returncode == 0, out.stderr
     assert "12 images of 3 classes" in out.stdout
     assert re.search(r"1 unreadable files passed over: cannot read image .*im_2\.jpg", out.stderr)
     assert len(losses(tmp_path / "run")) == 4
-    out = run("train.py", *SMALL, *flags, "--saliency", tmp_path, "--axes", "12", "--out", tmp_path / "no maps")
+    out = run(
+        "train.py", *SMALL, *flags, "--saliency", tmp_path, "--axes", "12", "--out", tmp_path / "no maps"
+    )
     assert out.returncode != 0 and out.stderr.count("\n") == 1
-    assert re.search(r"no training image can be read; the first: no such image: .*dog.im_0_sal\.png", out.stderr)
+    assert re.search(
+        r"no training image can be read; the first: no such image: .*dog.im_0_sal\.png", out.stderr
+    )
