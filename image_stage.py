@@ -1,8 +1,8 @@
 """Stage 1, image-level matching (paper, section 3.2).
 
-Two images of one class -> MVAM -> volume, trained by the multiple-instance loss (Eq. 2) against couples of
-two classes. Its volume, Hough-matched inside the foreground, proposes suspected pairs by Algorithm 1, and
-around every suspected pair a 5x5 window of features in either image, which is what the region stage sees.
+A couple, two images of one class -> MVAM -> volume, trained by the multiple-instance loss (Eq. 2) against
+couples of two different classes. Hough matching and Algorithm 1 inside the foreground find suspected pairs of
+cells in it, and around every suspected pair a 5x5 region of features in either image is cut out for stage 2.
 
     python image_stage.py                                   # trains this stage alone, on the built-in shapes
     python image_stage.py --root DIR ...                    # every option of train.py
@@ -13,28 +13,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from modules import MVAM, Features, Pairs, best_pairs, cells_to_xy, mil_loss_of, select_pairs
+from modules import MVAM, Features, Pairs, best_pairs, cells_to_xy, multiple_instance_loss, select_pairs
 
-REGION = 5  # cells a side of a window; paper: 5
+REGION = 5  # cells a side; paper: 5x5 windows
 
 
 class Regions(NamedTuple):
-    """The windows of r x r cells around K suspected pairs of each of B couples."""
+    """The r x r cells around both ends of K suspected pairs of each of B couples."""
 
-    src: Features  # (B * K) windows: feat (B*K, r*r, C), token (B*K, C), saliency (B*K, r, r)
+    src: Features  # B * K regions: feat (B*K, r*r, C), token (B*K, C), saliency (B*K, r, r)
     trg: Features
-    origin_s: Tensor  # (B, K, 2): (x, y) of a window's first cell in the source image's grid
+    origin_s: Tensor  # (B, K, 2): (x, y) of a region's first cell in the source image's grid
     origin_t: Tensor
-    valid: Tensor  # (B, K) bool: False for windows that only fill up the batch
+    valid: Tensor  # (B, K) bool: False for regions that only fill up the batch
 
 
-def crop_windows(image: Features, centre: Tensor, size: int = REGION) -> tuple[Features, Tensor]:
-    """size x size windows of cells around `centre`, shifted inward at the border so that every window is
-    whole.
+def crop_regions(image: Features, centre: Tensor, size: int = REGION) -> tuple[Features, Tensor]:
+    """size x size cells around each `centre`, shifted inward at the border so that every region is whole.
 
-    centre (B, K): flat cell indices. The window's global token T is the mean of its own cells (a region has
-    no class token of its own). Returns windows as Features of batch B*K and their first cells (B, K, 2) as
-    (x, y).
+    centre (B, K): flat cell indices. A region's global token T is the mean of its own cells (it has no class
+    token of its own). Returns regions as Features of batch B*K and their first cells (B, K, 2) as (x, y).
     """
     h, w = image.grid
     x0 = (centre % w - size // 2).clamp(0, w - size)
@@ -49,8 +47,9 @@ def crop_windows(image: Features, centre: Tensor, size: int = REGION) -> tuple[F
 
 
 def closes_loop(corr: Tensor, pairs: Pairs, radius: float) -> Tensor:
-    """Ours: which pairs the volume itself, without Hough matching, confirms both ways: the source's best
-    match lies within `radius` cells of the pair's target, and the target's within `radius` of its source.
+    """Ours, not section 3.4's loop: which pairs the volume itself, without Hough matching, confirms both
+    ways: the source's best match lies within `radius` cells of the pair's target, and the target's within
+    `radius` of its source.
 
     corr (B, Hs, Ws, Ht, Wt); returns (B, K) bool.
     """
@@ -66,7 +65,7 @@ def closes_loop(corr: Tensor, pairs: Pairs, radius: float) -> Tensor:
 
 
 class ImageStage(nn.Module):
-    """MVAM over whole images, Eq. (2), suspected pairs and their windows. cfg: train.Config."""
+    """MVAM over whole images, Eq. (2), suspected pairs and their regions. cfg: train.Config."""
 
     def __init__(self, dim: int, cfg) -> None:
         super().__init__()
@@ -79,8 +78,8 @@ class ImageStage(nn.Module):
 
     def loss(self, corr: Tensor, src: Features, trg: Features, labels: Tensor) -> Tensor:
         """Eq. (2) over the batch: corr is the volume of the positives; labels (B,): classes."""
-        every = torch.ones_like(labels, dtype=torch.bool)[:, None]
-        return mil_loss_of(self.mvam, corr, src, trg, labels, every, self.cfg)
+        all_valid = torch.ones_like(labels, dtype=torch.bool)[:, None]
+        return multiple_instance_loss(self.mvam, corr, src, trg, labels, all_valid, self.cfg)
 
     @torch.no_grad()
     def select(self, corr: Tensor, src: Features, trg: Features) -> Pairs:
@@ -94,13 +93,13 @@ class ImageStage(nn.Module):
 
     @torch.no_grad()
     def regions(self, pairs: Pairs, src: Features, trg: Features) -> Regions:
-        """The 5x5 feature windows around every suspected pair."""
-        src_windows, origin_s = crop_windows(src, pairs.src)
-        trg_windows, origin_t = crop_windows(trg, pairs.trg)
-        return Regions(src_windows, trg_windows, origin_s, origin_t, pairs.valid)
+        """The 5x5 regions of features around every suspected pair."""
+        src_regions, origin_s = crop_regions(src, pairs.src)
+        trg_regions, origin_t = crop_regions(trg, pairs.trg)
+        return Regions(src_regions, trg_regions, origin_s, origin_t, pairs.valid)
 
 
 if __name__ == "__main__":
     from train import main
 
-    main(only="image")
+    main(only="image", description=__doc__)

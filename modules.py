@@ -2,7 +2,7 @@
 
 MVAM                gated cross-attention, Eq. (1) -> cosine 4D volume -> 4D shifted-window aggregation
 Eq. (2)             adaptive pooling and the multiple-instance loss
-PMPS                Hough matching -> one-to-one greedy selection, Algorithm 1 -> pair NMS
+PMPS                Hough matching -> one-to-one greedy selection, Algorithm 1; NMS of pairs
 keypoint transfer   kernel soft-argmax on the rows of a volume, source to target
 
 A volume is (B, Hs, Ws, Ht, Wt), source first. A cell's flat index is y * W + x. `cfg` is train.Config.
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.ours import gaussian, neighbourhood_consensus
+from support.ours import LocalFeedForward, gaussian, neighbourhood_consensus
 
 HEADS = 4  # of gated cross-attention; the paper gives no number
 AP_TEMPERATURE = 0.05  # of the softmax in Eq. (2)'s pooling; not given
@@ -53,8 +53,8 @@ class GatedCrossAttention(nn.Module):
 
     residual=False is the equation to the letter. Otherwise (default) a transformer block around it: LayerNorm
     before, F~ added to F through an output projection that starts at zero (the first volume is the backbone's
-    own), and the inner product of the gates divided by sqrt(C), since that of two normalised C-vectors
-    saturates the sigmoid.
+    own), and the product inside each gate divided by sqrt(C): between normalised vectors it would saturate
+    the sigmoid.
     """
 
     def __init__(self, dim: int, heads: int = HEADS, residual: bool = True) -> None:
@@ -83,28 +83,6 @@ class GatedCrossAttention(nn.Module):
         out_s = self.mha(s, t * gate_t) * gate_s
         out_t = self.mha(t, s * gate_s) * gate_t
         return (src + out_s, trg + out_t) if self.residual else (out_s, out_t)
-
-
-class LocalFeedForward(nn.Module):
-    """Ours: the feed-forward half of a transformer block with local context, two 3x3 convolutions.
-
-    x + conv(GELU(conv(x))), the second convolution zero at first, so that the block starts as an identity.
-    The border is repeated, since zeros around the grid would tell a cell where it lies. The class token
-    passes unchanged.
-    """
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(dim, hidden, 3, padding=1, padding_mode="replicate")
-        self.conv2 = nn.Conv2d(hidden, dim, 3, padding=1, padding_mode="replicate")
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
-
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """x (B, 1 + H*W, C), class token first; same shape out."""
-        cells = x[:, 1:].transpose(1, 2).unflatten(2, grid)  # (B, C, H, W)
-        y = self.conv2(F.gelu(self.conv1(cells))).flatten(2).transpose(1, 2)
-        return torch.cat([x[:, :1], x[:, 1:] + y], dim=1)
 
 
 def cosine_volume(feat_s: Tensor, feat_t: Tensor, grid_s: tuple[int, int], grid_t: tuple[int, int]) -> Tensor:
@@ -170,7 +148,7 @@ class WindowAttention4D(nn.Module):
             index = index * side + (axis[:, None] - axis[None, :] + self.window - 1)
         return self.bias[index].permute(2, 0, 1)
 
-    def neighbours(self, sides: tuple, padded: tuple, window: tuple, shift: tuple) -> Tensor:
+    def attention_mask(self, sides: tuple, padded: tuple, window: tuple, shift: tuple) -> Tensor:
         """Which token pairs of each window are neighbours in the volume: (windows, N, N) bool.
 
         sides, padded: tokens a side without and with padding. Along every side a token lies before or behind
@@ -195,7 +173,7 @@ class WindowAttention4D(nn.Module):
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # (B, windows, heads, N, d)
         bias = self.relative_bias(window)[None]  # (1, heads, N, N), broadcast over windows and batch
         if sides != padded or any(shift):
-            seen = self.neighbours(sides, padded, window, shift)
+            seen = self.attention_mask(sides, padded, window, shift)
             bias = bias.masked_fill(~seen[:, None], float("-inf"))  # (windows, heads, N, N)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].to(q.dtype))
         y = window_merge(self.proj(y.transpose(2, 3).flatten(3)), window, padded)
@@ -245,7 +223,7 @@ class MVAM(nn.Module):
                  consensus: int = 0, frozen_share: float = 0.0) -> None:
         super().__init__()
         self.consensus, self.frozen_share = consensus, frozen_share
-        self.gated = GatedCrossAttention(dim, HEADS, residual)
+        self.gated = GatedCrossAttention(dim, residual=residual)
         self.ffn = LocalFeedForward(dim, int(dim * ffn_ratio)) if ffn_ratio else None
         self.aggregation = VolumeAggregation(window)
 
@@ -272,11 +250,11 @@ def adaptive_pooling(corr: Tensor, mask_s: Tensor, mask_t: Tensor, form: str = "
                      temperature: float = AP_TEMPERATURE) -> Tensor:
     """AP(v) of Eq. (2): a volume to one score a couple.
 
-    form "max": the best similarity of every cell in the other image, mean over the (foreground) cells, both
-    ways. form "softmax": the same on similarities that were softmaxed over the other image (NC-Net), which
-    rewards matches that are distinct rather than merely high.
+    form "softmax": the probability of every cell's best match in the other image, under a softmax over its
+    cells (NC-Net), mean over the foreground cells, both ways. It rewards matches that are distinct rather
+    than merely high. form "max": the same of the similarities themselves.
 
-    corr (B, Hs, Ws, Ht, Wt); masks (B, H, W) bool; returns (B,), 0 where a mask is empty.
+    corr (B, Hs, Ws, Ht, Wt); masks (B, H, W) bool; returns (B,); a direction whose mask is empty counts 0.
     """
     flat = corr.flatten(3).flatten(1, 2)  # (B, Ns, Nt)
     scores = []
@@ -289,38 +267,39 @@ def adaptive_pooling(corr: Tensor, mask_s: Tensor, mask_t: Tensor, form: str = "
     return (scores[0] + scores[1]) / 2
 
 
-def negatives(src: Features, labels: Tensor, windows: int = 1) -> tuple[Features, Tensor]:
+def negatives(src: Features, labels: Tensor, regions: int = 1) -> tuple[Features, Tensor]:
     """Negatives by batch shifting (NC-Net): source k-1 with target k, and which of them differ in class.
 
-    src: B images, or `windows` regions of each of B images; labels (B,): their classes. Returns the rolled
+    src: B images, or `regions` regions of each of B images; labels (B,): their classes. Returns the rolled
     sources and a bool (B,).
     """
-    return src.map(lambda x: x.roll(windows, 0)), labels.roll(1, 0) != labels
+    return src.map(lambda x: x.roll(regions, 0)), labels.roll(1, 0) != labels
 
 
 def mil_loss(ap_pos: Tensor, ap_neg: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
     """Eq. (2): L = 1/N sum_i -AP(v_i[pos]) + AP(v_i[neg]), each mean over its real couples alone.
 
     ap (N,); positive, negative (N,) bool: negative is False where a rolled couple happens to share its class,
-    either is False for windows that only fill up a batch. Returns a scalar.
+    either is False for regions that only fill up a batch (couples with fewer suspected pairs). Returns a
+    scalar.
     """
     pos, neg = positive.float(), negative.float()
     # L = 1/N sum -AP(v[pos]) + AP(v[neg])
     return -(ap_pos * pos).sum() / pos.sum().clamp(min=1) + (ap_neg * neg).sum() / neg.sum().clamp(min=1)
 
 
-def mil_loss_of(mvam: MVAM, corr: Tensor, src: Features, trg: Features, labels: Tensor, valid: Tensor,
-                cfg) -> Tensor:
+def multiple_instance_loss(mvam: MVAM, corr: Tensor, src: Features, trg: Features, labels: Tensor,
+                           valid: Tensor, cfg) -> Tensor:
     """Eq. (2) of a batch: its volumes corr are the positives, those of the rolled sources the negatives.
 
-    src, trg: K windows of each of B images (K = 1: the images themselves), B * K in all, as corr; labels
-    (B,); valid (B, K) bool: False for windows that only fill up the batch.
+    src, trg: K regions of each of B images (K = 1: the images themselves), B * K in all, as corr; labels
+    (B,); valid (B, K) bool: False for regions that only fill up the batch.
     """
-    rolled, other_class = negatives(src, labels, windows=valid.shape[1])
+    rolled, other_class = negatives(src, labels, regions=valid.shape[1])
     negative = other_class[:, None] & valid & valid.roll(1, 0)
-    keep_s, keep_t, keep_r = (x.foreground(cfg.saliency_threshold) for x in (src, trg, rolled))
-    ap_pos = adaptive_pooling(corr, keep_s, keep_t, cfg.ap)
-    ap_neg = adaptive_pooling(mvam(rolled, trg), keep_r, keep_t, cfg.ap)
+    mask_s, mask_t, mask_r = (x.foreground(cfg.saliency_threshold) for x in (src, trg, rolled))
+    ap_pos = adaptive_pooling(corr, mask_s, mask_t, cfg.ap)
+    ap_neg = adaptive_pooling(mvam(rolled, trg), mask_r, mask_t, cfg.ap)
     return mil_loss(ap_pos, ap_neg, valid.flatten(), negative.flatten())
 
 
@@ -345,15 +324,16 @@ def cells_to_xy(index: Tensor, width: int) -> Tensor:
 def sum_diagonals(a: Tensor) -> Tensor:
     """(..., N, M) to (..., N + M - 1): entry k is the sum of a[i, j] over j - i = k - (N - 1)."""
     n, m = a.shape[-2:]
-    # Rows padded by n and re-read at a length one shorter move right by one more each: diagonals become
-    # columns.
+    # Reverse the rows, pad each by n and re-read them n + m - 1 long: every row moves one further to the
+    # right than the one before, so that diagonals become columns.
     skewed = F.pad(a.flip(-2), (0, n)).flatten(-2)[..., : n * (n + m - 1)]
     return skewed.unflatten(-1, (n, n + m - 1)).sum(-2)
 
 
 def gaussian_smooth(x: Tensor, side: int) -> Tensor:
-    """Gaussian of an odd side, standard deviation side / 4.708 (so that the side is twice its half-width),
-    sum 1, zeros outside, over the last two axes of (..., H, W): HPF's for votes, MMNet's for heat maps.
+    """Gaussian of an odd side, standard deviation side / 4.708 (the side is twice its full width at half
+    maximum), sum 1, zeros outside, over the last two axes of (..., H, W): HPF's for votes, MMNet's for heat
+    maps.
 
     Sums of shifted copies: exact in float32 on every device, where a convolution may round to TF32 or
     bfloat16.
@@ -371,8 +351,9 @@ def hough_matching(corr: Tensor, mask_s: Tensor | None = None, mask_t: Tensor | 
     """Regularised Hough matching (HPF) with one bin per integer displacement.
 
     A = max(0, corr)^exponent,  H[d] = sum_i A[i, i + d],  C[i, j] = A[i, j] (H * Gaussian)[j - i], the
-    Gaussian of side L with standard deviation L / 4.708 bins, normalised, zeros outside. At 512 px and stride
-    16 HPF's own bins are these.
+    Gaussian of side L with standard deviation L / 4.708 bins, normalised, zeros outside. HPF's own bins are
+    0.71 cells wide at 512 px and stride 16, and its 7x7 Gaussian as wide (1.05 cells) as ours of side 5
+    (1.06); with bins one cell wide its code gives these numbers.
 
     corr (B, Hs, Ws, Ht, Wt); masks (B, H, W) bool keep cells from voting and from being matched. Float32
     whatever the input; no gradient (votes weigh, they do not teach). Costs a few passes over the volume.
@@ -386,20 +367,20 @@ def hough_matching(corr: Tensor, mask_s: Tensor | None = None, mask_t: Tensor | 
     votes = sum_diagonals(a.transpose(2, 3))  # (B, Hs, Ht, Ws + Wt - 1)
     votes = sum_diagonals(votes.permute(0, 3, 1, 2)).transpose(1, 2)  # (B, Hs + Ht - 1, Ws + Wt - 1)
     votes = gaussian_smooth(votes, side)
-    # Row i of the unfolded view starts at displacement -i: (B, Hs, Ws, Ht, Wt) without a table of bins.
+    # Behind the flip, entry i along Hs (Ws) starts at displacement -i: (B, Hs, Ws, Ht, Wt), no table of bins.
     return a * votes.unfold(1, ht, 1).unfold(2, wt, 1).flip(1, 2)
 
 
 @torch.no_grad()
-def greedy_selection(score: Tensor, keep_s: Tensor | None = None, keep_t: Tensor | None = None) -> Pairs:
+def greedy_selection(score: Tensor, mask_s: Tensor | None = None, mask_t: Tensor | None = None) -> Pairs:
     """Algorithm 1: take the best remaining pair, remove its source and target cell, until one side is empty.
 
-    The literal loop is N argmaxes over the volume. Here every round takes all pairs that are the best of
-    their row and of their column at once: under the order (score, then lowest flat index) such a pair stays
-    the best of both until the loop reaches it, so the set, and after sorting the order, are exactly the
-    loop's.
+    The literal loop (tests/literal.py) is N argmaxes over the volume. Here every round takes all pairs that
+    are the best of their row and of their column at once: under the order (score, then lowest flat index)
+    such a pair stays the best of both until the loop reaches it, so the set, and after sorting the order, are
+    exactly the loop's.
 
-    score (B, Hs, Ws, Ht, Wt), finite; keep (B, H, W) bool is the foreground. Returns min(Ns, Nt) entries,
+    score (B, Hs, Ws, Ht, Wt), finite; masks (B, H, W) bool: the foreground. Returns min(Ns, Nt) entries,
     best first.
     """
     score = score.flatten(3).flatten(1, 2)  # (B, Ns, Nt)
@@ -407,8 +388,8 @@ def greedy_selection(score: Tensor, keep_s: Tensor | None = None, keep_t: Tensor
     none = torch.zeros(batch, min(ns, nt), dtype=torch.long, device=device)
     pairs = Pairs(none, none.clone(), none.to(score), none.bool())
     for b in range(batch):
-        rows = torch.arange(ns, device=device) if keep_s is None else keep_s[b].flatten().nonzero()[:, 0]
-        cols = torch.arange(nt, device=device) if keep_t is None else keep_t[b].flatten().nonzero()[:, 0]
+        rows = torch.arange(ns, device=device) if mask_s is None else mask_s[b].flatten().nonzero()[:, 0]
+        cols = torch.arange(nt, device=device) if mask_t is None else mask_t[b].flatten().nonzero()[:, 0]
         table, taken = score[b, rows][:, cols], []  # taken: flat indices, source * Nt + target
         while table.numel():
             best, j = table.max(1)  # ties: the first, that is the lowest index
@@ -429,23 +410,24 @@ def greedy_selection(score: Tensor, keep_s: Tensor | None = None, keep_t: Tensor
     return pairs
 
 
-def matching_scores(corr: Tensor, keep_s: Tensor, keep_t: Tensor, cfg) -> Tensor:
-    """The scores that pairs are selected by: Hough matching inside the foreground, or the volume itself
-    without it."""
-    return hough_matching(corr, keep_s, keep_t, cfg.hough_side) if cfg.hough else corr.detach().float()
+def matching_scores(corr: Tensor, mask_s: Tensor, mask_t: Tensor, cfg) -> Tensor:
+    """What pairs are selected by: Hough matching inside the foreground, or, without, the volume itself."""
+    return hough_matching(corr, mask_s, mask_t, cfg.hough_side) if cfg.hough else corr.detach().float()
 
 
 @torch.no_grad()
 def select_pairs(corr: Tensor, src: Features, trg: Features, cfg) -> Pairs:
-    """PMPS on whole images: Hough matching and Algorithm 1, both inside the foreground; all pairs, best
-    first."""
-    keep_s, keep_t = (x.foreground(cfg.saliency_threshold) for x in (src, trg))
-    return greedy_selection(matching_scores(corr, keep_s, keep_t, cfg), keep_s, keep_t)
+    """PMPS on whole images: Hough matching and Algorithm 1, both inside the foreground; all, best first.
+
+    Only positive scores are pairs: Algorithm 1 goes on until one side is empty, whatever is left to pair.
+    """
+    mask_s, mask_t = (x.foreground(cfg.saliency_threshold) for x in (src, trg))
+    pairs = greedy_selection(matching_scores(corr, mask_s, mask_t, cfg), mask_s, mask_t)
+    return pairs._replace(valid=pairs.valid & (pairs.score > 0))
 
 
 def best_pairs(pairs: Pairs, kept: Tensor, count: int) -> Pairs:
-    """The first `count` of the pairs that are marked in kept (B, K) bool, the only valid ones of the
-    result."""
+    """The first `count` pairs that kept (B, K) bool marks; what stands behind them is not valid."""
     order = (~kept).long().argsort(stable=True)[:, :count]
     return Pairs(*(x.gather(1, order) for x in pairs._replace(valid=kept)))
 
@@ -499,7 +481,6 @@ def kernel_soft_argmax(rows: Tensor, temperature: float = 0.05, sigma: float = 2
 
 
 def transfer_keypoints(corr: Tensor, points: Tensor, temperature: float = 0.05, sigma: float = 2.5) -> Tensor:
-    """Source to target: points (B, n, 2) as (x, y) in source cells to (B, n, 2) in target cells of corr's
-    grids."""
+    """Source to target: points (B, n, 2), (x, y) in source cells of corr's grids, to target cells."""
     rows = read_at(corr.float().flatten(3).permute(0, 3, 1, 2), points)  # (B, n, Ht * Wt)
     return kernel_soft_argmax(rows.unflatten(2, corr.shape[3:]), temperature, sigma)

@@ -21,8 +21,7 @@ from modules import MVAM, Features, Pairs, cells_to_xy, gaussian_smooth, pair_nm
 
 
 def soft_target(points: Tensor, height: int, width: int) -> Tensor:
-    """Heat map of a point (MMNet): its four surrounding cells weighted by inverse distance, then a 3x3
-    Gaussian.
+    """Heat map of a point (MMNet): its four cells weighted by inverse distance, then a 3x3 Gaussian.
 
     Weights 1 / max(distance, 1e-5), normalised to 1; what the Gaussian spreads beyond the border is lost.
     points (..., 2) as (x, y) in cells, inside the grid; returns (..., H, W).
@@ -48,8 +47,8 @@ class PixelStage(nn.Module):
         return self.mvam(src, trg)
 
     def loss(self, corr: Tensor, pairs: Pairs) -> Tensor:
-        """Binary cross-entropy between the softmaxed similarities of a point and its partner's heat map, both
-        ways.
+        """Binary cross-entropy between the softmax p of a point's row of the volume and its partner's heat
+        map t, source to target and target to source.
 
         Summed over cells, mean over the real pairs of the batch and the two directions; 0 where there are
         none.
@@ -71,7 +70,8 @@ class PixelStage(nn.Module):
 
     @torch.no_grad()
     def select(self, corr: Tensor, src: Features, trg: Features, count: int, radius: float) -> Pairs:
-        """The generator's pairs: Hough matching, Algorithm 1 inside the foreground, NMS, the best `count`."""
+        """The pairs that are drawn of two pictures: Hough matching, Algorithm 1, NMS, the best `count`. A
+        label set has a selection of its own, label.py:pair_matches."""
         return pair_nms(select_pairs(corr, src, trg, self.cfg), src.grid[1], trg.grid[1], radius, count)
 
 
@@ -84,4 +84,4 @@ if __name__ == "__main__":
     else:
         from train import main
 
-        main(only="pixel")
+        main(only="pixel", description=__doc__)

@@ -1,5 +1,6 @@
 """The frozen ViT: one plain vision transformer for iBOT, DINO and DINOv2, and their official checkpoints."""
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -114,8 +115,7 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """One plain vision transformer for every family; its parameter names are those of the official
-    checkpoints."""
+    """One plain vision transformer for every family, with the parameter names of the official checkpoints."""
 
     def __init__(self, spec: ViTSpec) -> None:
         super().__init__()
@@ -204,8 +204,10 @@ class Backbone(nn.Module):
         """ImageNet-normalised RGB (B, 3, H, W) to tokens (B, h*w, C) and the class token (B, C).
 
         With attention=True a third tensor (B, h, w): the class token's attention to every cell in the last
-        block that is read, mean over heads, rescaled to its own minimum and maximum (a saliency map that
-        costs nothing). Raises ValueError if a side is not a multiple of the patch.
+        block that is read, mean over heads, as a saliency map that costs nothing: 0 where it is least, 1 for
+        the most attended tenth of the cells, and linear in between. The maximum would not do as the 1: single
+        outlier cells get many times the attention of the object (docs/running.md). Raises ValueError if a
+        side is not a multiple of the patch.
         """
         h, w = (side // self.patch for side in images.shape[-2:])
         if (h * self.patch, w * self.patch) != tuple(images.shape[-2:]) or not h * w:
@@ -220,18 +222,17 @@ class Backbone(nn.Module):
         q, k, _ = last.attn.split(last.norm1(before))
         weights = (q[:, :, :1] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)  # (B, heads, 1, N)
         weights = weights[:, :, 0, -h * w :].mean(1).unflatten(1, (h, w)).float()
-        low, high = weights.amin((1, 2), keepdim=True), weights.amax((1, 2), keepdim=True)
-        return feat, token, (weights - low) / (high - low).clamp(min=1e-12)
+        low, high = weights.flatten(1).quantile(weights.new_tensor([0, 0.9]), 1)[..., None, None]
+        return feat, token, ((weights - low) / (high - low).clamp(min=1e-12)).clamp(max=1)
 
 
 def load_backbone(name: str, weights: str | None = None, layer: int | str = -1) -> Backbone:
-    """Build a frozen backbone with official weights: from `weights`, or downloaded once into torch.hub's
-    cache.
+    """A frozen backbone with official weights: from `weights`, or downloaded once into torch.hub's cache.
 
     Accepts the flat checkpoints of DINO and DINOv2, iBOT's teacher-only file and its full training checkpoint
-    (student, teacher, optimiser; the teacher is taken, its `module.` and `backbone.` prefixes dropped).
-    Raises ValueError in one line for a file that is missing, unreadable, of another architecture or
-    incomplete.
+    (student, teacher, optimiser; the teacher is taken), and DINOv2's training checkpoint; prefixes of
+    wrappers are dropped. Raises ValueError in one line for a file that is missing, unreadable, of another
+    architecture or incomplete.
     """
     backbone = Backbone(name, layer)
     spec = backbone.vit.spec
@@ -245,25 +246,36 @@ def load_backbone(name: str, weights: str | None = None, layer: int | str = -1) 
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
     if not isinstance(state, dict):
         raise ValueError(f"{origin} holds a {type(state).__name__}, not the state dict of a ViT")
-    state = {key.removeprefix("module.").removeprefix("backbone."): value for key, value in state.items()}
-    unused = ("head.", "masked_embed", "mask_token")  # training heads and masks: not part of the features
-    state = {key: value for key, value in state.items() if not key.startswith(unused)}
-    expected = backbone.vit.state_dict()
+    state, expected = plain_keys(state), backbone.vit.state_dict()
     missing, extra = expected.keys() - state.keys(), state.keys() - expected.keys()
     wrong = f"{origin} is not a checkpoint of {name}"
     if missing or extra:
         raise ValueError(f"{wrong}: {len(missing)} keys missing (such as {min(missing, default='-')}),"
                          f" {len(extra)} unknown (such as {min(extra, default='-')})")
     for key, value in expected.items():
-        if state[key].shape != value.shape:
-            raise ValueError(f"{wrong}: {key} is {tuple(state[key].shape)}, not {tuple(value.shape)}")
+        if not isinstance(state[key], Tensor) or state[key].shape != value.shape:
+            found = tuple(state[key].shape) if isinstance(state[key], Tensor) else type(state[key]).__name__
+            raise ValueError(f"{wrong}: {key} is {found}, not {tuple(value.shape)}")
+        if not state[key].isfinite().all():
+            raise ValueError(f"{origin} is damaged: {key} holds values that are not finite")
     backbone.vit.load_state_dict(state)  # copies into float32, whatever the file's precision
     return backbone
 
 
+def plain_keys(state: dict) -> dict:
+    """A state dict under the official names: of teacher and student side by side the teacher, without the
+    prefixes of wrappers (DDP, torch.compile, the trainers of DINO and DINOv2) and what is not part of the
+    features."""
+    state = {str(key): value for key, value in state.items()}
+    teacher = {key.removeprefix("teacher."): x for key, x in state.items() if key.startswith("teacher.")}
+    wrappers = r"^(module\.|_orig_mod\.|backbone\.)+"
+    plain = {re.sub(wrappers, "", key): x for key, x in (teacher or state).items()}
+    unused = ("head.", "dino_head.", "ibot_head.", "masked_embed", "mask_token")
+    return {key: value for key, value in plain.items() if not key.startswith(unused)}
+
+
 def draw_weights(vit: ViT) -> None:
-    """Seeded weights under which every block mixes: LeCun-normal maps, position embeddings well below
-    content."""
+    """Seeded weights under which every block mixes: LeCun-normal maps, positions well below content."""
     generator = torch.Generator().manual_seed(0)
     for name, value in sorted(vit.state_dict().items()):
         if name.endswith("weight") and value.ndim > 1:

@@ -1,8 +1,30 @@
-"""What is ours in the volume, not the paper's: conditioned features and the consensus of neighbours."""
+"""Ours, not the paper's, inside MVAM: the local feed-forward and the consensus of neighbours."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class LocalFeedForward(nn.Module):
+    """The feed-forward half of a transformer block with local context: two 3x3 convolutions over the cells.
+
+    x + conv(GELU(conv(x))), the second convolution zero at first, so that the block starts as an identity.
+    The border is repeated, since zeros around the grid would tell a cell where it lies. The class token
+    passes unchanged.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, hidden, 3, padding=1, padding_mode="replicate")
+        self.conv2 = nn.Conv2d(hidden, dim, 3, padding=1, padding_mode="replicate")
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """x (B, 1 + H*W, C), class token first; same shape out."""
+        cells = x[:, 1:].transpose(1, 2).unflatten(2, grid)  # (B, C, H, W)
+        y = self.conv2(F.gelu(self.conv1(cells))).flatten(2).transpose(1, 2)
+        return torch.cat([x[:, :1], x[:, 1:] + y], dim=1)
 
 
 def gaussian(side: int, deviation: float, like: Tensor) -> Tensor:
@@ -30,60 +52,3 @@ def neighbourhood_consensus(corr: Tensor, side: int) -> Tensor:
             for k, weight in enumerate(weights)
         )
     return corr
-
-
-def half_whitening(cells: Tensor, axes: int) -> tuple[Tensor, Tensor]:
-    """Mean (..., C) and half-whitened principal axes (..., C, axes) of cells (..., N, C), found in float64.
-
-    Where the cells vary along fewer directions, the axes beyond them are zero.
-    """
-    x = cells.double()
-    mean = x.mean(-2)
-    x = x - mean[..., None, :]
-    values, vectors = torch.linalg.eigh(x.mT @ x / x.shape[-2])  # ascending
-    values, vectors = values.flip(-1)[..., :axes], vectors.flip(-1)[..., :axes]
-    root = torch.where(values > 1e-9 * values[..., :1], values.clamp(min=0) ** 0.25, torch.inf)
-    return mean, vectors / root[..., None, :]
-
-
-class Conditioning(nn.Module):
-    """Features on their principal axes, half whitened: (x - mean) U / eigenvalue^(1/4), U the first `axes` of
-    them.
-
-    A few directions that all cells share dominate the cosine of a ViT's cells, and whitening to the end would
-    raise the noise of the last ones. Mean and axes are constants, found once from the cells of training
-    images.
-    """
-
-    def __init__(self, dim: int, axes: int) -> None:
-        super().__init__()
-        if not 1 <= axes <= dim:
-            raise ValueError(f"--axes {axes}: the backbone's cells have {dim} channels; 0: as they are")
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("axes", torch.eye(dim, axes))
-
-    @torch.no_grad()
-    def fit(self, cells: Tensor) -> None:
-        """Find mean and axes. cells (N, C). ValueError if they vary along fewer directions than asked."""
-        mean, axes = half_whitening(cells, self.axes.shape[1])
-        if not axes.any(0).all():
-            count = f"{axes.shape[1]}: {len(cells)} cells of the training images vary along fewer"
-            raise ValueError(f"--axes {count}; lower it")
-        self.mean.copy_(mean)
-        self.axes.copy_(axes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., C) to (..., axes), float32."""
-        with torch.autocast(x.device.type, enabled=False):
-            return (x.float() - self.mean) @ self.axes
-
-
-@torch.no_grad()
-def pair_axes(src: Tensor, trg: Tensor, axes: int = 256) -> tuple[Tensor, Tensor]:
-    """The same without training images: cells (B, Ns, C), (B, Nt, C) on the axes of the couple's own cells
-    together."""
-    with torch.autocast(src.device.type, enabled=False):
-        cells = torch.cat([src, trg], 1)
-        mean, basis = half_whitening(cells, min(axes, cells.shape[-1]))
-        projected = (cells.double() - mean[:, None]) @ basis
-        return projected[:, : src.shape[1]].float(), projected[:, src.shape[1] :].float()

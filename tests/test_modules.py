@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from modules import (
     MVAM,
     Features,
     GatedCrossAttention,
-    LocalFeedForward,
     Pairs,
     VolumeAggregation,
     WindowAttention4D,
@@ -34,7 +34,8 @@ from modules import (
     window_partition,
 )
 from support.backbone import Backbone, load_backbone
-from support.ours import Conditioning, neighbourhood_consensus, pair_axes
+from support.conditioning import Conditioning, pair_axes
+from support.ours import LocalFeedForward, neighbourhood_consensus
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +110,40 @@ def test_backbone_matches_a_vit_of_matrix_products(small, name):
     torch.testing.assert_close(token, expected[:, 0], rtol=1e-3, atol=1e-4)
     assert attention.shape == (2, 3, 5)
     assert attention.amin((1, 2)).tolist() == [0, 0] and attention.amax((1, 2)).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("outlier", [1, 3, 1000])
+def test_an_outlier_cell_does_not_set_the_scale_of_the_attention(monkeypatch, outlier):
+    """Given attention of 1 to 40 over 40 cells, the last of them times an outlier."""
+    backbone, values = load_backbone("random_vit8"), torch.arange(1.0, 41)
+    values[39] *= outlier
+    attn = backbone.vit.blocks[-1].attn
+    q, k = torch.zeros(1, 2, 41, 64), torch.zeros(1, 2, 41, 64)
+    q[..., 0], k[:, :, 1:, 0] = 8, values.log()  # softmax(q k / 8) gives the values, but for their sum
+    monkeypatch.setattr(attn, "split", lambda x: (q, k, k))
+    attention = backbone(torch.randn(1, 3, 40, 64), attention=True)[2]
+    expected = ((torch.arange(1.0, 41) - 1) / (36.1 - 1)).clamp(max=1)  # 36.1: the 0.9 quantile of 1 to 40
+    torch.testing.assert_close(attention, expected.view(1, 5, 8))
+
+
+def test_the_attention_map_is_that_of_the_class_token(small):
+    """Its row of softmax(q k / sqrt d) in the last block, mean over heads, from its minimum to its 0.9
+    quantile."""
+    backbone = Backbone("dinov2_vits14_reg", layer=1)
+    state = randomise(backbone)
+    images = torch.randn(2, 3, 3 * 14, 5 * 14)
+    _, before = backbone.vit.read(images, [1])
+    y = F.layer_norm(before, (24,), state["blocks.1.norm1.weight"], state["blocks.1.norm1.bias"], 1e-6)
+    q, k, _ = (y @ state["blocks.1.attn.qkv.weight"].T + state["blocks.1.attn.qkv.bias"]).chunk(3, -1)
+    rows = torch.zeros(2, 15)
+    for head in range(3):
+        part = slice(8 * head, 8 * head + 8)
+        rows += (
+            torch.einsum("bc,bnc->bn", q[:, 0, part], k[..., part]).div(math.sqrt(8)).softmax(-1)[:, -15:] / 3
+        )
+    low, high = rows.amin(1, keepdim=True), rows.quantile(0.9, 1, keepdim=True)
+    expected = ((rows - low) / (high - low)).clamp(max=1).view(2, 3, 5)
+    torch.testing.assert_close(backbone(images, attention=True)[2], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_several_blocks_stand_side_by_side(small):
@@ -226,6 +261,13 @@ def test_checkpoints_of_every_form_load_strictly(small, tmp_path):
             "epoch": 3,
             "args": argparse.Namespace(arch="vit_small"),
         },
+        "compiled": {f"module._orig_mod.{k}": v for k, v in flat.items()},
+        "dinov2_trainer": {
+            "teacher": {f"backbone.{k}": v for k, v in flat.items()}
+            | {"dino_head.last.weight": torch.zeros(3), "ibot_head.mlp.0.weight": torch.zeros(3)}
+        },
+        "side_by_side": {f"teacher.backbone.{k}": v for k, v in flat.items()}
+        | {f"student.backbone.{k}": v + 1 for k, v in flat.items()},
     }
     for name, state in forms.items():
         torch.save(state, tmp_path / f"{name}.pth")
@@ -242,6 +284,8 @@ def test_a_wrong_checkpoint_is_one_clear_error(small, tmp_path):
     wide = flat | {"norm.weight": torch.ones(48)}
     (tmp_path / "noise.pth").write_bytes(b"no checkpoint at all")
     torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"evil": Path}, tmp_path / "code.pth")
+    broken = flat | {"norm.weight": torch.full((24,), float("nan"))}
     for name, state, words in (
         ("missing", missing, ("1 keys missing", "blocks.1.norm1.weight")),
         (
@@ -250,6 +294,10 @@ def test_a_wrong_checkpoint_is_one_clear_error(small, tmp_path):
             ("1 unknown", "blocks.9.norm1.weight"),
         ),
         ("wide", wide, ("norm.weight is (48,), not (24,)",)),
+        ("broken", broken, ("broken.pth is damaged: norm.weight holds values that are not finite",)),
+        ("numbered", {0: flat["norm.weight"]}, ("is not a checkpoint of dino_vits16", "unknown (such as 0)")),
+        ("text", flat | {"norm.weight": "ones"}, ("norm.weight is str, not (24,)",)),
+        ("code", None, ("code.pth", "not a plain file of torch.save")),
         ("noise", None, ("noise.pth", "--weights")),
         ("list", None, ("holds a list",)),
         ("absent", None, ("absent.pth", "--weights")),
@@ -258,7 +306,8 @@ def test_a_wrong_checkpoint_is_one_clear_error(small, tmp_path):
             torch.save(state, tmp_path / f"{name}.pth")
         with pytest.raises(ValueError) as error:
             load_backbone("dino_vits16", str(tmp_path / f"{name}.pth"))
-        assert "\n" not in str(error.value)
+        assert "\n" not in str(error.value) and "\x1b" not in str(error.value)
+        assert "weights_only" not in str(error.value)
         assert all(word in str(error.value) for word in words), str(error.value)
     with pytest.raises(ValueError, match="unknown backbone 'resnet'"):
         load_backbone("resnet")
@@ -280,6 +329,28 @@ def test_weights_are_downloaded_once_into_the_hub_cache(small, tmp_path, monkeyp
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="give a checkpoint with --weights"):
         load_backbone("dino_vitb16")
+    assert not list((tmp_path / "empty").rglob("*.pth*"))
+
+
+def test_a_short_or_damaged_download_is_not_kept(small, tmp_path, monkeypatch):
+    """What cannot be read never gets its name in the cache; a file that is damaged there is named."""
+    flat = randomise(Backbone("dino_vits16"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cached = tmp_path / "hub" / "checkpoints" / "dino_vits16.pth"
+    spec = support.backbone.BACKBONES["dino_vits16"]._replace(url=(tmp_path / "official.pth").as_uri())
+    monkeypatch.setitem(support.backbone.BACKBONES, "dino_vits16", spec)
+    torch.save(flat, tmp_path / "official.pth")
+    whole = (tmp_path / "official.pth").read_bytes()
+    (tmp_path / "official.pth").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="cannot read the weights of dino_vits16 from file://"):
+        load_backbone("dino_vits16")
+    assert not list(cached.parent.iterdir())
+    (tmp_path / "official.pth").write_bytes(whole)
+    assert torch.equal(load_backbone("dino_vits16").vit.cls_token, flat["cls_token"])
+    cached.write_bytes(b"<html>moved</html>")
+    with pytest.raises(ValueError) as error:
+        load_backbone("dino_vits16")
+    assert str(cached) in str(error.value) and "delete it to download it again" in str(error.value)
 
 
 def test_official_parameter_counts():
@@ -336,6 +407,33 @@ def test_eq1_matches_naive_loop():
 
     torch.testing.assert_close(out_s, naive(f_s, f_t), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(out_t, naive(f_t, f_s), rtol=1e-4, atol=1e-5)
+
+
+def test_the_default_block_is_eq1_in_a_transformer_block():
+    """F + MHA(...) * G on normalised features, gates over sqrt(C), written out; it starts as the identity."""
+    dim, heads = 8, 2
+    module = GatedCrossAttention(dim, heads)
+    f_s, f_t = 2 + 3 * torch.randn(2, 7, dim), torch.randn(2, 9, dim)
+    assert all(torch.equal(out, x) for out, x in zip(module(f_s, f_t), (f_s, f_t)))
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    weight, bias = module.norm.weight, module.norm.bias
+    s, t = (
+        (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt() * weight
+        + bias
+        for x in (f_s, f_t)
+    )
+    gate_s = torch.sigmoid(torch.einsum("bnc,bc->bn", s, t[:, 0]) / math.sqrt(dim))[..., None]
+    gate_t = torch.sigmoid(torch.einsum("bnc,bc->bn", t, s[:, 0]) / math.sqrt(dim))[..., None]
+
+    def attend(x, y):
+        q, k, v = (f(z).unflatten(-1, (heads, -1)) for f, z in ((module.q, x), (module.k, y), (module.v, y)))
+        weights = torch.einsum("bnhc,bmhc->bhnm", q, k).div(math.sqrt(dim / heads)).softmax(-1)
+        return module.proj(torch.einsum("bhnm,bmhc->bnhc", weights, v).flatten(2))
+
+    out_s, out_t = module(f_s, f_t)
+    torch.testing.assert_close(out_s, f_s + attend(s, t * gate_t) * gate_s, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out_t, f_t + attend(t, s * gate_s) * gate_t, rtol=1e-4, atol=1e-5)
 
 
 def features(batch: int, grid: tuple[int, int], dim: int) -> Features:
@@ -436,6 +534,21 @@ def test_patch_shuffle_and_windows_round_trip():
     assert windows.shape == (2, 2 * 2 * 2 * 2, 24, 1)
     assert torch.equal(windows[0, 0, :, 0], volume[0, :2, :3, :1, :4].flatten())
     assert torch.equal(window_merge(windows, window, (4, 6, 2, 8))[..., 0], volume)
+
+
+def test_every_second_block_looks_across_the_windows_of_the_first():
+    """Windows of 2^4 patches of 2^4 cells: cell 3 lies in the first, and sees cell 4 of the second through
+    the shift."""
+    module = VolumeAggregation(window=2, width=8)
+    torch.nn.init.normal_(module.redistribute.weight)
+    corr = torch.randn(1, 8, 8, 8, 8, requires_grad=True)
+    module(corr)[0, 3, 3, 3, 3].backward()
+    assert corr.grad[0, :4, :4, :4, :4].abs().min() > 0 and corr.grad[0, 4:6, 3, 3, 3].abs().min() > 0
+
+
+def test_a_cell_at_the_threshold_is_foreground():
+    image = Features(torch.zeros(1, 2, 1), torch.zeros(1, 1), torch.tensor([[[0.5, 0.499]]]))
+    assert image.foreground(0.5).tolist() == [[[True, False]]]  # S >= T, Algorithm 1
 
 
 def test_volume_aggregation_takes_any_size_and_padding_changes_nothing():

@@ -1,12 +1,13 @@
 """Each stage against literal computations, and the cascade's gradients."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from literal import greedy_literal, hough_table
 
-from image_stage import ImageStage, closes_loop, crop_windows
+from image_stage import ImageStage, closes_loop, crop_regions
 from modules import (
     Features,
     Pairs,
@@ -14,10 +15,12 @@ from modules import (
     cosine_volume,
     greedy_selection,
     negatives,
+    transfer_keypoints,
 )
 from pixel_stage import PixelStage, soft_target
 from region_stage import RegionStage
-from support.ours import neighbourhood_consensus, pair_axes
+from support.conditioning import pair_axes
+from support.ours import neighbourhood_consensus
 from train import STAGES, Cascade, Config
 
 DIM = 16
@@ -117,10 +120,10 @@ def test_a_pair_closes_its_loop_where_both_best_matches_end_near_it():
         assert chosen.src[b][chosen.valid[b]].tolist() == expected
 
 
-def test_windows_are_five_cells_wide_and_shift_inward_at_the_border():
+def test_regions_are_five_cells_wide_and_shift_inward_at_the_border():
     image = features(1, (6, 9))
     centres = torch.tensor([[0, 2 * 9 + 4, 5 * 9 + 8]])  # a corner, the middle, the opposite corner
-    windows, origin = crop_windows(image, centres, 5)
+    windows, origin = crop_regions(image, centres, 5)
     assert origin[0].tolist() == [[0, 0], [2, 0], [4, 1]]
     for k, (x0, y0) in enumerate(origin[0].tolist()):
         block = image.feat[0].view(6, 9, -1)[y0 : y0 + 5, x0 : x0 + 5].flatten(0, 1)
@@ -133,13 +136,13 @@ def test_windows_are_five_cells_wide_and_shift_inward_at_the_border():
 # Region stage
 
 
-def test_region_loss_is_eq2_over_windows_of_rolled_images():
+def test_region_loss_is_eq2_over_regions_of_rolled_images():
     cfg = config()
     image, region = ImageStage(DIM, cfg), shaken(RegionStage(DIM, cfg))
     src, trg, labels = features(3, (6, 5)), features(3, (5, 7)), torch.tensor([0, 1, 1])
     regions = image.regions(image.select(image(src, trg), src, trg), src, trg)
     valid = regions.valid.clone()
-    valid[1, 3:] = False
+    valid[0, 2:], valid[1, 3:] = False, False
     got = region.loss(region(regions.src, regions.trg), regions._replace(valid=valid), labels)
     count, pos, neg = valid.shape[1], [], []
     for b in range(3):
@@ -155,7 +158,7 @@ def test_region_loss_is_eq2_over_windows_of_rolled_images():
     assert got.item() == pytest.approx(-sum(pos) / len(pos) + sum(neg) / len(neg), abs=1e-5)
 
 
-def test_one_best_foreground_pair_per_window_mapped_back_to_the_image(monkeypatch):
+def test_one_best_foreground_pair_per_region_mapped_back_to_the_image(monkeypatch):
     """The volume of every window pair is set by hand; the pair that comes back must be its best one, in image
     cells."""
     monkeypatch.setattr("region_stage.NMS_RADIUS", 0.0)
@@ -177,6 +180,24 @@ def test_one_best_foreground_pair_per_window_mapped_back_to_the_image(monkeypatc
         (x0, y0), (u0, v0) = regions.origin_s[0, k].tolist(), regions.origin_t[0, k].tolist()
         expected.append(((y0 + ys) * 9 + x0 + xs, (v0 + yt) * 6 + u0 + xt))
     assert list(zip(pairs.src[0].tolist(), pairs.trg[0].tolist())) == expected
+
+
+def test_only_positive_scores_are_pairs():
+    """Hough votes of an all-negative volume are 0 everywhere: nothing is suspected, and its windows yield
+    nothing."""
+    cfg = config(pairs=3)
+    src, trg = (
+        x._replace(saliency=torch.ones_like(x.saliency)) for x in (features(1, (6, 7)), features(1, (7, 5)))
+    )
+    corr = -torch.rand(1, 6, 7, 7, 5)
+    corr[0, 2, 3, 4, 1] = 0.5
+    image, region = ImageStage(DIM, cfg), RegionStage(DIM, cfg)
+    suspected = image.select(corr, src, trg)
+    assert suspected.valid.sum() == 1 and (suspected.src[0, 0], suspected.trg[0, 0]) == (2 * 7 + 3, 4 * 5 + 1)
+    regions = image.regions(suspected, src, trg)._replace(valid=torch.ones(1, cfg.candidates) > 0)
+    volumes = -torch.rand(cfg.candidates, 5, 5, 5, 5)
+    volumes[4, 1, 2, 3, 4] = 0.5
+    assert region.select(volumes, regions, src.grid, trg.grid).valid.sum() == 1
 
 
 def test_region_aggregation_is_one_window_over_the_whole_volume():
@@ -271,6 +292,24 @@ def test_gradients_reach_every_trainable_parameter_and_never_the_backbone(change
                 assert reached == key.startswith(name), f"{name} loss, {key}"
 
 
+def test_the_pixel_stage_learns_from_the_pairs_of_the_region_stage(monkeypatch):
+    """Image stage -> windows -> region stage -> pairs, step by step; at most `pairs` of them, a quarter-dozen
+    here."""
+    cascade = small_cascade(pairs=3)
+    src, trg, labels = one_batch(cascade)
+    taught = []
+    monkeypatch.setattr(cascade.pixel, "loss", lambda corr, pairs: taught.append((corr, pairs)) or corr.sum())
+    _, log = cascade(src, trg, labels)
+    ((corr, pairs),) = taught
+    regions = cascade.image.regions(cascade.image.select(cascade.image(src, trg), src, trg), src, trg)
+    expected = cascade.region.select(cascade.region(regions.src, regions.trg), regions, src.grid, trg.grid)
+    assert all(torch.equal(a, b) for a, b in zip(pairs, expected)) and pairs.src.shape == (3, 3)
+    assert torch.equal(corr, cascade.pixel(src, trg))
+    assert log["pairs"] == pairs.valid.sum() / 3 and log["pairs"] > 1
+    suspected = cascade.image.select(cascade.image(src, trg), src, trg)
+    assert not torch.equal(pairs.src, suspected.src[:, :3])
+
+
 def test_later_stages_give_no_gradient_to_earlier_ones_when_trained_alone():
     cascade = small_cascade(only="region")
     loss, losses = cascade(*one_batch(cascade))
@@ -304,7 +343,7 @@ def test_stages_switch_leaves_out_later_stages():
         assert cascade.cfg.final_stage == STAGES[stages - 1]
 
 
-def test_region_transfer_refines_inside_the_windows_around_the_image_match():
+def test_region_transfer_refines_inside_the_regions_around_the_image_match():
     cascade = small_cascade()
     src, trg, _ = one_batch(cascade)
     points = torch.rand(3, 4, 2) * torch.tensor([6.0, 5.0])
@@ -313,6 +352,25 @@ def test_region_transfer_refines_inside_the_windows_around_the_image_match():
     assert (coarse - fine).abs().max() <= 5  # a window's width
     one = cascade.transfer(src.map(lambda x: x[1:2]), trg.map(lambda x: x[1:2]), points[1:2, 2:3], "region")
     torch.testing.assert_close(one[0, 0], fine[1, 2], rtol=1e-3, atol=1e-3)
+
+
+def test_region_transfer_is_the_match_in_the_window_volume_around_the_coarse_one():
+    """By hand: coarse match, the two whole windows round both ends, their volume, and the window's origin
+    added."""
+    cascade = small_cascade()
+    src, trg, _ = one_batch(cascade)
+    points = torch.tensor([[[2.3, 3.4], [5.9, 0.2]]]).expand(3, -1, -1)
+    found = cascade.transfer(src, trg, points, "region")
+    coarse = transfer_keypoints(cascade.image(src, trg), points)
+    for b, n in itertools.product(range(3), range(2)):
+        ends = []
+        for image, (x, y) in ((src, points[b, n].tolist()), (trg, coarse[b, n].tolist())):
+            x0, y0 = min(max(round(x) - 2, 0), 7 - 5), min(max(round(y) - 2, 0), 6 - 5)
+            block = image.feat[b].view(6, 7, -1)[y0 : y0 + 5, x0 : x0 + 5].flatten(0, 1)[None]
+            ends.append((Features(block, block.mean(1), torch.ones(1, 5, 5)), torch.tensor([x0, y0])))
+        (window_s, origin_s), (window_t, origin_t) = ends
+        moved = transfer_keypoints(cascade.region(window_s, window_t), (points[b, n] - origin_s)[None, None])
+        torch.testing.assert_close(found[b, n], moved[0, 0] + origin_t, rtol=1e-4, atol=1e-4)
 
 
 def test_neighbourhood_consensus_is_the_pixel_stages_alone():
