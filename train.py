@@ -1,7 +1,6 @@
 """The cascade and its training loop (paper, sections 3.3 and 4.1).
 
-L_all = lambda_1 L_I + lambda_2 L_R + lambda_3 L_P (Eq. 3), from class labels only, on the CPU, one GPU, or
-several:
+L_all = lambda_1 L_I + lambda_2 L_R + lambda_3 L_P (Eq. 3), from class labels, on the CPU, a GPU or several:
 
     python train.py                                                     # built-in shapes, nothing to download
     python train.py --root DIR --backbone dinov2_vits14 --size 448      # DIR/<class>/<image>.jpg
@@ -15,6 +14,7 @@ uninterrupted one.
 import argparse
 import dataclasses
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,16 +34,18 @@ from modules import HEADS, Features, cosine_volume, hough_matching, transfer_key
 from pixel_stage import PixelStage
 from region_stage import RegionStage
 from support import run
-from support.backbone import load_backbone
+from support.backbone import BACKBONES, load_backbone
 from support.benchmarks import keypoint_set, training_set
-from support.files import read_checkpoint, write_whole
-from support.options import add_options, check_ranges
-from support.ours import Conditioning, neighbourhood_consensus, pair_axes
+from support.conditioning import Conditioning, pair_axes, training_cells
+from support.files import check_record, load_optimizer, read_checkpoint, write_whole
+from support.options import ABOVE_0, AT_LEAST_1, SEEDS, SHARE, add_options, check_ranges
+from support.ours import neighbourhood_consensus
 from support.pictures import match_sheet
 from support.presets import PRESETS
 
 STAGES = ("image", "region", "pixel")
 FROZEN = ("nn", "hough", "consensus", "best")  # ways to read the frozen backbone
+BackboneName = Literal[tuple(BACKBONES)]
 TrainSet = Literal["shapes", "folder", "spair", "pfpascal"]
 ValSet = Literal["auto", "none", "shapes", "pfwillow", "pfpascal", "spair", "spair-small", "labels"]
 
@@ -53,10 +55,20 @@ WEIGHT_DECAY = 0.01
 WARMUP = 20  # steps of linear warm-up before the cosine
 CLIP = 1.0  # largest gradient norm
 
+# What --resume may change: none of it changes the numbers.
+FREE = "root weights device workers val val_root out log_every val_every save_every".split()
+RANGES = {  # of other numbers: not negative
+    **dict.fromkeys("candidates pairs batch accumulate log_every hough_side".split(), AT_LEAST_1),
+    **dict.fromkeys("temperature mil_lr lr".split(), ABOVE_0),
+    **dict.fromkeys("saliency_threshold frozen_share".split(), SHARE),
+    "size": (1, 8192),
+    "seed": SEEDS,
+}
+
 
 @dataclass
 class Config:
-    """A run. These defaults are for photographs on a GPU; support/presets.py names what others change."""
+    """A run; --help shows the comments. Defaults: photographs on a GPU; support/presets.py changes them."""
 
     # group: data
     dataset: TrainSet = "shapes"  # folder: ROOT/<class>/*.jpg; spair, pfpascal: weak pairs of training splits
@@ -67,18 +79,18 @@ class Config:
     val_root: str | None = None  # folder of the validation set
 
     # group: paper
-    backbone: str = "ibot_vitb16"  # see support/backbone.py; paper: ibot_vitb16
+    backbone: BackboneName = "ibot_vitb16"  # frozen; paper: ibot_vitb16
     weights: str | None = None  # local checkpoint of the backbone; none: downloaded on first use
-    layer: str = "-1"  # block that is read, from 0, negative from the end; or several, side by side: 9,10
+    layer: str = "-1"  # block that is read, from 0, or from the end; or several: 9,10 or --layer=-2,-1
     size: int = 512  # input side in pixels; paper: 512
-    saliency_threshold: float = 0.5  # T of Algorithm 1; not given
-    hough: bool = True  # Table 4 (III): off
+    saliency_threshold: float = 0.5  # T of Algorithm 1; paper: not given
+    hough: bool = True  # pairs are selected by Hough matching; off: by the volume itself (Table 4, III)
     hough_side: int = 5  # L of Table 4, side of the Gaussian over displacements, in cells; paper's best: 5
     shared_attention: bool = False  # gated blocks shared by all stages (Table 4, VII)
     ap: Literal["softmax", "max"] = "softmax"  # AP of Eq. (2); the paper says adaptive pooling
-    candidates: int = 32  # suspected pairs a couple whose windows go on to the region stage; not given
+    candidates: int = 32  # suspected pairs of a couple that go on to the region stage; paper: not given
     pairs: int = 16  # cell pairs of a couple that supervise the pixel stage; paper: 16
-    stages: Literal[1, 2, 3] = 3  # 2: without the pixel stage (Table 5, V); 1: without the region stage (VI)
+    stages: Literal[1, 2, 3] = 3  # 2: without the pixel stage (Table 5, V); 1: nor the region stage (VI)
     lambda_image: float = 1.0  # Eq. (3); the paper gives no weights
     lambda_region: float = 1.0  # Eq. (3)
     lambda_pixel: float = 1.0  # Eq. (3)
@@ -86,27 +98,27 @@ class Config:
     # group: ours
     ffn_ratio: float = 1.0  # hidden width over width of the 3x3 feed-forward behind the attention; 0: none
     axes: int = 0  # half-whitened principal axes that the features are projected on; 0: as they are
-    consensus: int = 0  # side of the neighbourhood, in cells, whose matches have to agree; 0: none
+    consensus: int = 0  # pixel stage: side in cells of the neighbourhood that has to agree; 0: none
     loop_radius: float = 0.0  # cells within which a suspected pair has to close its loop s -> t -> s; 0: none
     temperature: float = 0.05  # of the softmax over similarities that the pixel loss sees; MMNet: none (1)
-    frozen_share: float = 0.0  # of the frozen features in those that a trained stage matches with (WiSE-FT)
+    frozen_share: float = 0.0  # pixel stage: share of frozen features once trained (WiSE-FT)
     mil_lr: float = 0.1  # learning rate of the image and region stages over that of the pixel stage; paper: 1
 
     # group: optimisation
     optimizer: Literal["adamw", "sgd"] = "adamw"  # adamw: warm-up, cosine, clip 1; sgd, paper: constant
-    lr: float = 1e-4  # paper: 3e-5
+    lr: float = 1e-4  # learning rate of the pixel stage; paper: 3e-5
     steps: int = 2000  # optimiser steps
     batch: int = 4  # couples of a micro-batch; its negatives are rolled inside it; paper: 4 a GPU
     accumulate: int = 1  # micro-batches a step and process; paper: 8 GPUs x 4 = 32 couples a step
 
     # group: run
-    checkpoint: str | None = None  # stages to start from
+    checkpoint: str | None = None  # checkpoint of stages to start from
     seed: int = 0  # of initial weights, pairing and crops
     workers: int = 0  # processes that load images
     amp: bool = True  # bfloat16 around the network, on GPUs only
     device: str = "auto"  # auto: a GPU if there is one; cpu; cuda
     out: str = "runs/train"  # folder for checkpoints, metrics.jsonl, pictures
-    log_every: int = 20  # steps
+    log_every: int = 20  # steps between lines of the log
     val_every: int = 200  # steps between measurements on --val; 0: only before and after training
     save_every: int = 200  # steps; 0: only at the end
 
@@ -145,7 +157,7 @@ class Cascade(nn.Module):
                 getattr(self, stage).mvam.gated = self.image.mvam.gated
 
     def features(self, images: Tensor, saliency: Tensor | None = None) -> Features:
-        """Images (B, 3, H, W) and maps (B, h, w) or None to Features: the backbone's one run an image."""
+        """Images (B, 3, H, W) and maps (B, h, w) or None to Features: the backbone runs once per image."""
         device = next(self.backbone.parameters()).device
         images = images.to(device, non_blocking=True)
         if saliency is None and self.cfg.saliency == "attention":
@@ -163,20 +175,20 @@ class Cascade(nn.Module):
         """One micro-batch of same-class couples to the loss of Eq. (3), and what is logged: the losses of the
         stages that are trained and, of the pixel stage, the mean number of its pairs."""
         cfg, log = self.cfg, {}
-        image, region, pixel = (cfg.only in (None, stage) for stage in STAGES)  # which are trained
+        train_image, train_region, train_pixel = (cfg.only in (None, stage) for stage in STAGES)
         loss_image = loss_region = loss_pixel = 0.0
-        with torch.set_grad_enabled(image):
+        with torch.set_grad_enabled(train_image):
             corr = self.image(src, trg)
-            if image:
+            if train_image:
                 log["image"] = loss_image = self.image.loss(corr, src, trg, labels)
         if cfg.stages >= 2 and cfg.only != "image":
             suspected = self.image.select(corr, src, trg)
             regions = self.image.regions(suspected, src, trg)
-            with torch.set_grad_enabled(region):
+            with torch.set_grad_enabled(train_region):
                 region_corr = self.region(regions.src, regions.trg)
-                if region:
+                if train_region:
                     log["region"] = loss_region = self.region.loss(region_corr, regions, labels)
-        if cfg.stages >= 3 and pixel:
+        if cfg.stages >= 3 and train_pixel:
             chosen = self.region.select(region_corr, regions, src.grid, trg.grid)
             log["pixel"] = loss_pixel = self.pixel.loss(self.pixel(src, trg), chosen)
             log["pairs"] = chosen.valid.float().sum(1).mean()
@@ -223,24 +235,23 @@ def fingerprint(module: nn.Module) -> float:
 
 
 def load_stages(cascade: Cascade, state: dict, path: str, stages: tuple[str, ...]) -> None:
-    """Load the named stages, and the conditioning, strictly; refuses weights that were trained on another
-    backbone."""
+    """Load the named stages, and the conditioning, strictly; refuses those of other backbone weights."""
+    check_record(path, state, {"backbone": float})
     if not math.isclose(fingerprint(cascade.backbone), state["backbone"], rel_tol=1e-7):
         given = cascade.cfg.weights or cascade.cfg.backbone
         raise ValueError(f"{path} was trained on other backbone weights than {given}")
-    for part in ("conditioning",) * (cascade.conditioning is not None) + stages:
+    for part in stages if cascade.conditioning is None else ("conditioning", *stages):
         name = f"{part}."
         weights = {k.removeprefix(name): v for k, v in state["model"].items() if k.startswith(name)}
         try:
             getattr(cascade, part).load_state_dict(weights)
         except RuntimeError as error:
-            what, why = part + " stage" * (part in STAGES), str(error).splitlines()[1].strip()
+            what, why = f"{part} stage" if part in STAGES else part, str(error).splitlines()[1].strip()
             raise ValueError(f"{path} does not fit the {what}: {why}") from None
 
 
 def load_cascade(path: str, weights: str | None = None, device: str = "cpu", **overrides) -> Cascade:
-    """The trained cascade of a checkpoint, in eval mode. weights: the backbone's file, if not where it
-    was."""
+    """The trained cascade of a checkpoint, in eval mode. weights: the backbone's file, if it has moved."""
     state = read_checkpoint(path, Config, "train.py")
     cfg = Config(**state["config"] | ({"weights": weights} if weights else {}) | overrides)
     cascade = Cascade(cfg)
@@ -274,37 +285,16 @@ def build_optimizer(cascade: Cascade) -> torch.optim.Optimizer:
     def fast(name: str) -> bool:
         return name.startswith("pixel.") or (cfg.shared_attention and ".gated." in name)
 
-    groups = [{"params": [p for name, p in trained if fast(name) == pixel], "scale": scale}
-              for pixel, scale in ((False, cfg.mil_lr), (True, 1.0))]
+    groups = [{"params": [p for name, p in trained if not fast(name)], "scale": cfg.mil_lr},
+              {"params": [p for name, p in trained if fast(name)], "scale": 1.0}]
     if cfg.optimizer == "sgd":
         return torch.optim.SGD(groups, cfg.lr, momentum=MOMENTUM)
     return torch.optim.AdamW(groups, cfg.lr, weight_decay=WEIGHT_DECAY)
 
 
-@torch.no_grad()
-def fit_conditioning(cascade: Cascade, images: data.ImageSet, count: int = 256) -> None:
-    """Find the principal axes of the cells of up to `count` training images, evenly spaced and whole.
-
-    Unreadable ones are passed over. Nothing is random, so that every process finds the same.
-    """
-    cells, size, patch, skipped = [], cascade.cfg.size, cascade.backbone.patch, []
-    device = next(cascade.parameters()).device
-    for index in range(0, len(images), max(1, len(images) // count)):
-        try:
-            view, _ = data.prepare(images.load(index)[0], None, size, patch)
-        except ValueError as error:  # training meets the file again, and reports it
-            skipped.append(str(error))
-            continue
-        cells.append(cascade.backbone(view[None].to(device))[0][0])
-    if not cells:
-        raise ValueError(f"no training image can be read; the first: {skipped[0]}")
-    cascade.conditioning.fit(torch.cat(cells))
-
-
 def prepare_run(cascade: Cascade, images: data.ImageSet,
                 resume: str | None) -> tuple[torch.optim.Optimizer, int]:
-    """Weights, conditioning and optimiser as a run starts or goes on with them; returns the optimiser and the
-    step."""
+    """Weights and optimiser as a run starts or goes on with them; returns the optimiser and the step."""
     cfg, stages = cascade.cfg, STAGES[: cascade.cfg.stages]
     if cfg.stages >= 2 and cfg.size < REGION * cascade.backbone.patch:
         raise ValueError(f"--size {cfg.size}: the image has fewer cells than a region of {REGION}x{REGION};"
@@ -315,13 +305,13 @@ def prepare_run(cascade: Cascade, images: data.ImageSet,
     if resume:
         state = read_checkpoint(resume, Config, "train.py")
         load_stages(cascade, state, resume, stages)
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state, resume)
         return optimizer, state["step"]
     if cfg.checkpoint:
         state = read_checkpoint(cfg.checkpoint, Config, "train.py")
         load_stages(cascade, state, cfg.checkpoint, stages[: state["config"]["stages"]])
     elif cascade.conditioning is not None:
-        fit_conditioning(cascade, images)
+        cascade.conditioning.fit(training_cells(cascade.backbone, images, cfg.size))
     return optimizer, 0
 
 
@@ -332,6 +322,7 @@ def save(path: Path, cascade: Cascade, optimizer: torch.optim.Optimizer, step: i
         "model": cascade.trained_state(),
         "optimizer": optimizer.state_dict(),
         "step": step,
+        "processes": run.processes()[1],
         "config": dataclasses.asdict(cascade.cfg),
         "backbone": fingerprint(cascade.backbone),
     })
@@ -339,8 +330,7 @@ def save(path: Path, cascade: Cascade, optimizer: torch.optim.Optimizer, step: i
 
 def measure(log: Path, step: int, matcher, keypoints: data.KeypointSet,
             methods: tuple[str, ...]) -> tuple[dict, dict]:
-    """PCK of some methods, in eval mode, printed and recorded: {method: [PCK an alpha]}, {method:
-    predictions}."""
+    """PCK of some methods, in eval mode, printed and recorded; returns it and the predictions, by method."""
     from evaluate import ALPHAS, predict, score  # evaluate.py builds on this file
 
     mode = matcher.training
@@ -368,8 +358,7 @@ def batches(cfg: Config, images: data.ImageSet, patch: int, start: int,
 
 
 def train(cfg: Config, resume: str | None = None, build: Callable[[Config], Cascade] = Cascade) -> Cascade:
-    """Train as configured; writes metrics.jsonl, last.pt and matches.png under cfg.out and returns the
-    cascade.
+    """Train as configured; writes metrics.jsonl, last.pt, matches.png under cfg.out; returns the cascade.
 
     Raises ValueError when the loss is no longer finite.
     """
@@ -387,22 +376,26 @@ def train(cfg: Config, resume: str | None = None, build: Callable[[Config], Casc
         run.print_header(cfg, device)
         print(f"{len(images)} images of {len(images.classes)} classes,"
               f" {sum(p.numel() for p in params) / 1e6:.2f} M trainable parameters")
+        warn(cfg, images)
         log = run.open_log(out, start)
         if test:
-            _, before = measure(log, start, cascade, test, FROZEN[:3])
+            _, before = measure(log, start, cascade, test, ("nn", "hough", "consensus"))
 
     clock, done = time.perf_counter(), start
-    quiet = not (chief and sys.stderr.isatty())
     with run.stop_signals() as stop:  # Ctrl-C: finish the step, save, leave
-        for step in tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=quiet):
+        for step in tqdm(range(start, cfg.steps), initial=start, total=cfg.steps,
+                         disable=None if chief else True):
+            rate = learning_rate(cfg, step)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(cfg, step) * group["scale"]
+                group["lr"] = rate * group["scale"]
 
             # Forward and backward, a micro-batch at a time
             logged: dict[str, float] = {}
             for _ in range(cfg.accumulate):
                 batch = next(loader)
                 skipped.update(line for item in batch["skipped"] for line in item.splitlines())
+                if sum(line.startswith("class ") for line in skipped) > max(0, len(images.classes) - 2):
+                    raise ValueError(f"fewer than two classes have two readable images; {min(skipped)}")
                 views = torch.cat([batch["src_img"], batch["trg_img"]])
                 maps = torch.cat([batch["src_sal"], batch["trg_sal"]])
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and cfg.amp):
@@ -425,12 +418,14 @@ def train(cfg: Config, resume: str | None = None, build: Callable[[Config], Casc
 
             # Log, save, measure
             if chief and (done % cfg.log_every == 0 or done == cfg.steps):
-                speed, rate = (done - start) / (time.perf_counter() - clock), learning_rate(cfg, step)
+                speed = (done - start) / (time.perf_counter() - clock)
                 run.record(log, done, logged | {"lr": rate, "grad_norm": norm, "steps_per_s": speed})
                 text = " ".join(f"{key} {value:.4f}" for key, value in logged.items())
                 tqdm.write(f"step {done}/{cfg.steps} {text} lr {rate:.2e} {speed:.2f} steps/s")
-                if logged.get("pairs") == 0:
-                    tqdm.write("no pairs were found: is the foreground of --saliency empty?", file=sys.stderr)
+                if logged.get("pairs", 16) < min(4, cfg.pairs) and done <= start + cfg.log_every:
+                    found = f"only {logged['pairs']:.1f} of {cfg.pairs} pairs a couple are found"
+                    tqdm.write(f"{found}: the foreground may be small, lower --saliency-threshold or look at"
+                               " --saliency; or raise --candidates", file=sys.stderr)
             if chief and done < cfg.steps and cfg.save_every and done % cfg.save_every == 0:
                 save(out / "last.pt", cascade, optimizer, done)
             if val and done < cfg.steps and cfg.val_every and done % cfg.val_every == 0:
@@ -450,7 +445,19 @@ def train(cfg: Config, resume: str | None = None, build: Callable[[Config], Casc
         print(f"checkpoint {out / 'last.pt'}, {seconds:.0f} s of training")
     if world > 1:
         dist.destroy_process_group()
+    if done < cfg.steps:  # the code by which a shell knows a signal: nothing goes on with half a model
+        sys.exit(128 + (stop or [signal.SIGTERM])[0])
     return cascade
+
+
+def warn(cfg: Config, images: data.ImageSet) -> None:
+    """A line on stderr for what would quietly train something else than the paper's cascade."""
+    if len(images.classes) == 1 and cfg.only != "pixel":
+        print("one class only: Eq. (2) has no negatives and keeps its first term alone; give two or more",
+              file=sys.stderr)
+    if cfg.saliency == "auto" and cfg.dataset != "shapes":
+        print("no saliency maps, so every cell is foreground (Table 4, II): give --saliency MAPS or"
+              " --saliency attention, or say --saliency none", file=sys.stderr)
 
 
 def draw(path: Path, test: data.KeypointSet, before: list[Tensor], after: list[Tensor], stage: str) -> None:
@@ -458,7 +465,7 @@ def draw(path: Path, test: data.KeypointSet, before: list[Tensor], after: list[T
     from evaluate import right_at_ten
 
     shown = {"frozen backbone": before, f"{stage} stage": after}
-    match_sheet(shown, right_at_ten(shown, test), test).save(path)
+    write_whole(path, match_sheet(shown, right_at_ten(shown, test), test))
     print(f"matches drawn in {path}")
 
 
@@ -466,7 +473,8 @@ def draw(path: Path, test: data.KeypointSet, before: list[Tensor], after: list[T
 # Command line
 
 
-def parse_config(argv: list[str] | None, only: str | None = None) -> tuple[Config, str | None]:
+def parse_config(argv: list[str] | None, only: str | None = None,
+                 description: str | None = __doc__, prog: str | None = None) -> tuple[Config, str | None]:
     """Command line to configuration: the preset, over it the single options. Returns it and --resume's file.
 
     On --resume the checkpoint's own configuration takes the preset's place. only: the stage whose file was
@@ -478,7 +486,8 @@ def parse_config(argv: list[str] | None, only: str | None = None) -> tuple[Confi
     early = vars(first.parse_known_args(argv)[0])
     resume, dataset = early.get("resume"), early.get("dataset", "folder" if "root" in early else "shapes")
     if resume:
-        base = read_checkpoint(resume, Config, "train.py")["config"]
+        state = read_checkpoint(resume, Config, "train.py")
+        base = state["config"]
     else:
         preset = early.get("preset", "quick" if dataset == "shapes" else None)
         base = {"dataset": dataset} | PRESETS.get(preset, {})
@@ -486,8 +495,8 @@ def parse_config(argv: list[str] | None, only: str | None = None) -> tuple[Confi
     shown = Config(**base)
 
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS)
+        prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, argument_default=argparse.SUPPRESS)
     presets = ("quick: on shapes the default; photos: class folders on a CPU; paper: section 4.1; literal:"
                " Eq. (1) and section 4.1 to the letter. Values below are those of the preset that would run")
     parser.add_argument("--preset", choices=PRESETS, help=presets)
@@ -495,23 +504,22 @@ def parse_config(argv: list[str] | None, only: str | None = None) -> tuple[Confi
     add_options(parser, Config, shown)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if k not in ("preset", "resume")}
     cfg = dataclasses.replace(shown, **given)
-    given |= {"only": only} if only else {}
-    for name in ("optimizer", "mil_lr", "only", "stages", "shared_attention"):
-        if resume and name in given and given[name] != base[name]:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--resume goes on with the run as it was: --{flag} cannot change")
+    if resume:
+        free, modes = set(FREE), ("auto", "attention", "none")
+        free |= {"steps"} if base["optimizer"] == "sgd" else set()  # at a constant rate a run may be longer
+        free |= {"saliency"} if not {base["saliency"], cfg.saliency} & set(modes) else set()  # maps may move
+        run.check_resume(state, given | early | ({"only": only} if only else {}), free, resume)
     if cfg.only:
         cfg.stages = max(cfg.stages if "stages" in given else 1, 1 + STAGES.index(cfg.only))
     check(cfg)
+    if not resume:
+        cfg.out = run.free_folder(cfg.out, named="out" in given)
     return cfg, resume
 
 
 def check(cfg: Config) -> None:
     """ValueError, in one line, for options that cannot be."""
-    at_least_1 = "candidates pairs accumulate log_every hough_side size"
-    not_negative = "seed steps ffn_ratio workers axes consensus val_every save_every"
-    check_ranges(cfg, {name: (1, math.inf) for name in at_least_1.split()} | {"frozen_share": (0, 1)}
-                 | {name: (0, math.inf) for name in not_negative.split()})
+    check_ranges(cfg, RANGES)
     if cfg.hough_side % 2 == 0:
         raise ValueError(f"--hough-side {cfg.hough_side}: the Gaussian's side must be odd")
     if cfg.consensus and cfg.consensus % 2 == 0:
@@ -522,12 +530,10 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--batch {cfg.batch}: Eq. (2) rolls the batch for its negatives; at least 2")
 
 
-def main(argv: list[str] | None = None, only: str | None = None) -> None:
+def main(argv: list[str] | None = None, only: str | None = None, description: str | None = __doc__) -> None:
     """Command line of train.py and, with `only`, of a stage's file."""
-    try:
-        train(*parse_config(argv, only))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    with run.command():
+        train(*parse_config(argv, only, description))
 
 
 if __name__ == "__main__":

@@ -20,11 +20,6 @@ def fields_with_groups(cls: type) -> dict[str, tuple[str, str]]:
     return found
 
 
-def option_help(cls: type) -> dict[str, str]:
-    """Help of every field: the comment behind it."""
-    return {name: text for name, (_, text) in fields_with_groups(cls).items()}
-
-
 def add_options(parser: argparse.ArgumentParser, cls: type, base=None) -> None:
     """One option for every field of a configuration but those of the group "no option".
 
@@ -44,19 +39,36 @@ def add_options(parser: argparse.ArgumentParser, cls: type, base=None) -> None:
         text = f"{text.replace('%', '%%')} (default: {shown})"
         kind = str if field.type == str | None else field.type
         if get_origin(kind) is Literal:
-            choices = get_args(kind)
-            add(flag, type=type(choices[0]), choices=choices, help=text)
+            choices, name = get_args(kind), None
+            if len(str(choices)) > 99:  # too many for one line
+                name, text = "NAME", f"{', '.join(choices)}; {text}"
+            add(flag, type=type(choices[0]), choices=choices, metavar=name, help=text)
         elif kind is bool:
             add(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
-            add(flag, type=kind, metavar={int: "N", float: "X"}.get(kind, "TEXT"), help=text)
+            named = {"folder": "DIR", "file": "FILE", "checkpoint": "FILE"}
+            word = next((named[key] for key in named if kind is str and key in text), "TEXT")
+            add(flag, type=kind, metavar={int: "N", float: "X"}.get(kind, word), help=text)
+
+
+ABOVE_0 = (5e-324, math.inf)  # ranges for check_ranges: the least number there is
+NOT_NEGATIVE = (0, math.inf)
+AT_LEAST_1 = (1, math.inf)
+SEEDS = (0, 2**63 - 1)
+SHARE = (0, 1)
 
 
 def check_ranges(cfg, ranges: dict[str, tuple[float, float]]) -> None:
-    """ValueError, in one line, for the first field that lies outside its (low, high)."""
-    for name, (low, high) in ranges.items():
-        if not low <= getattr(cfg, name) <= high:
-            allowed = f"at least {low}" if low else "not negative"
+    """ValueError, in one line, for the first number outside its (low, high), infinite or nan.
+
+    One without a range of its own must not be negative.
+    """
+    for field in dataclasses.fields(cfg):
+        if field.type not in (int, float):
+            continue
+        value, (low, high) = getattr(cfg, field.name), ranges.get(field.name, NOT_NEGATIVE)
+        if not (low <= value <= high and value < math.inf):
+            allowed = {ABOVE_0: "above 0", NOT_NEGATIVE: "not negative"}.get((low, high), f"at least {low}")
             if high < math.inf:
-                allowed = f"from {low:g} to {high:g}"
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {allowed}")
+                allowed = f"from {low} to {high}"
+            raise ValueError(f"--{field.name.replace('_', '-')} {value}: {allowed}")

@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import datetime
+import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from support.files import write_whole
+from support.files import check_record, read_state, write_whole
 
 
 def processes() -> tuple[int, int]:
@@ -25,8 +27,7 @@ def processes() -> tuple[int, int]:
 
 
 def find_device(name: str) -> torch.device:
-    """--device to a device that works; "auto" and "cuda" mean this process's own GPU. ValueError if there is
-    none."""
+    """--device to a device that works, or ValueError; "auto" and "cuda" mean this process's own GPU."""
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -48,8 +49,7 @@ def start_processes(device: torch.device) -> tuple[int, int]:
 
 
 def average_over_processes(params: list[nn.Parameter], logged: dict[str, float]) -> dict[str, float]:
-    """Replace gradients by their mean over all processes, in one message; returns the mean of what is
-    logged."""
+    """Replace gradients by their mean over all processes; returns the mean of what is logged."""
     if not dist.is_initialized():
         return logged
     values = torch.tensor(list(logged.values()), device=params[0].device)
@@ -59,6 +59,17 @@ def average_over_processes(params: list[nn.Parameter], logged: dict[str, float])
     for p, grad in zip(params, grads):
         p.grad.copy_(grad.view_as(p))
     return dict(zip(logged, values.tolist()))
+
+
+@contextlib.contextmanager
+def command() -> Iterator[None]:
+    """The frame of a program: a refusal is one line and code 1, Ctrl-C that nothing waits for code 130."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 @contextlib.contextmanager
@@ -74,6 +85,37 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def free_folder(out: str, named: bool) -> str:
+    """The folder for a new run: `out` or, if it holds a finished run and was not named on the command line,
+    the next free name. ValueError if it holds a run that was stopped."""
+    for number in itertools.count(1):
+        place = f"{out}-{number}" if number > 1 else out
+        last = Path(place, "last.pt")
+        if not last.exists():
+            return place
+        state = check_record(last, read_state(str(last)), {"step": int, "config": dict})
+        if state["step"] < state["config"].get("steps", 0):
+            raise ValueError(f"{place} holds a run that was stopped: go on with --resume {last}, or give"
+                             " another --out")
+        if named:
+            return place
+
+
+def check_resume(state: dict, given: dict, free: set[str], path: str) -> None:
+    """ValueError, in one line, for options that make a resumed run end elsewhere than an uninterrupted one.
+
+    state: the checkpoint; given: what the command line says; free: what cannot change the numbers.
+    """
+    base, wrong, world = state["config"], "--resume goes on with the run as it was:", processes()[1]
+    for name in given.keys() - free - {"resume"}:
+        if name not in base or given[name] != base[name]:
+            raise ValueError(f"{wrong} --{name.replace('_', '-')} cannot change")
+    if state.get("processes", world) != world:
+        raise ValueError(f"{wrong} by {state['processes']} process(es), not by {world}")
+    if state["step"] >= given.get("steps", base.get("steps", math.inf)):
+        raise ValueError(f"--resume {path}: this run has finished its {state['step']} steps")
+
+
 def any_process(flag: bool, device: torch.device) -> bool:
     """Whether the flag holds in any process; every process has to call this."""
     if not dist.is_initialized():
@@ -84,9 +126,9 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 
 def leave_signals(worker: int) -> None:
-    """Ctrl-C reaches the loaders too: they live on, so that the training process can finish its step and
-    save."""
+    """A signal to the whole group reaches the loaders too; they live as long as the process they serve."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def report_skipped(skipped: set[str]) -> None:
@@ -95,14 +137,16 @@ def report_skipped(skipped: set[str]) -> None:
         gathered = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, skipped)
         skipped = set().union(*gathered)
-    if skipped and not processes()[0]:
-        first = "; ".join(sorted(skipped)[:5])
-        print(f"{len(skipped)} unreadable files passed over: {first}", file=sys.stderr)
+    classes = sorted(line for line in skipped if line.startswith("class "))
+    files = sorted(skipped - set(classes))
+    if files and not processes()[0]:
+        print(f"{len(files)} unreadable files passed over: {'; '.join(files[:5])}", file=sys.stderr)
+    if classes and not processes()[0]:
+        print("\n".join(classes), file=sys.stderr)
 
 
 def progress(*arguments, **options) -> tqdm:
-    """A progress bar: often on a terminal, a line a minute in the log of a job, nothing in that of a short
-    one."""
+    """A progress bar: on a terminal; a line a minute in the log of a long job, nothing in that of a short."""
     slow = {} if sys.stderr.isatty() else {"delay": 60, "mininterval": 60}
     return tqdm(*arguments, **options, **slow)
 
@@ -123,8 +167,8 @@ def print_header(cfg, device: torch.device) -> None:
 
 
 def open_log(out: Path, start: int) -> Path:
-    """OUT/metrics.jsonl, a JSON line a record: empty for a new run, cut back to its start for a resumed
-    one."""
+    """OUT/metrics.jsonl, one JSON line per record: empty for a new run, for a resumed one cut to its
+    start."""
     out.mkdir(parents=True, exist_ok=True)
     path, kept = out / "metrics.jsonl", []
     for line in path.read_text().splitlines() if start and path.exists() else []:
@@ -139,5 +183,8 @@ def open_log(out: Path, start: int) -> Path:
 
 def record(log: Path, step: int, values: dict) -> None:
     """Append one line to metrics.jsonl."""
-    with open(log, "a") as file:
-        file.write(json.dumps({"step": step} | values) + "\n")
+    try:
+        with open(log, "a") as file:
+            file.write(json.dumps({"step": step} | values) + "\n")
+    except OSError as error:
+        raise OSError(f"cannot write {log}: {error.strerror}; what was saved before stands") from None

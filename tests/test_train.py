@@ -5,11 +5,13 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -17,11 +19,24 @@ import torch
 from PIL import Image
 
 from data import prepare
+from image_stage import REGION
+from modules import AP_TEMPERATURE, HEADS, HOUGH_EXPONENT
+from region_stage import NMS_RADIUS
 from support.files import read_checkpoint as read_any
-from support.options import option_help
+from support.options import fields_with_groups
 from support.presets import PRESETS
 from support.shapes import Shapes, draw_shape
-from train import Cascade, Config, build_optimizer, learning_rate, load_cascade, parse_config, train
+from train import (
+    MOMENTUM,
+    Cascade,
+    Config,
+    build_optimizer,
+    learning_rate,
+    load_cascade,
+    main,
+    parse_config,
+    train,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
@@ -114,24 +129,195 @@ def test_ctrl_c_on_the_terminal_reaches_loaders_too_and_still_saves(tmp_path, wo
     os.killpg(process.pid, signal.SIGINT)
     printed, complaint = process.communicate(timeout=60)
     done = read_checkpoint(str(tmp_path / "last.pt"))["step"]
-    assert process.returncode == 0 and 1 <= done < 5000
+    assert process.returncode == 130 and 1 <= done < 5000  # as a shell knows Ctrl-C: && goes no further
     assert f"stopped after step {done}; go on with --resume" in printed
     assert "Traceback" not in complaint
 
 
-def test_resume_survives_a_torn_line_and_refuses_another_optimiser(tmp_path, capsys):
-    train(*configured(tmp_path, "--steps", "2"))
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sigterm_saves_too_and_exits_as_a_shell_expects(tmp_path, workers):
+    """A job manager sends SIGTERM to the whole group: the loaders among it."""
+    command = [sys.executable, "train.py", *SMALL, "--steps", "5000", "--workers", str(workers)]
+    process = subprocess.Popen([*command, "--out", tmp_path], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    while not (tmp_path / "metrics.jsonl").exists() or not losses(tmp_path):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 143 and "Traceback" not in complaint
+    assert read_checkpoint(str(tmp_path / "last.pt"))["step"] >= 1
+
+
+def stopped(tmp_path: Path, *options: str) -> str:
+    """last.pt of a run that was stopped after two of its four steps."""
+    train(*configured(tmp_path, "--steps", "4", *options))
+    state = torch.load(tmp_path / "last.pt", weights_only=True) | {"step": 2}
+    torch.save(state, tmp_path / "last.pt")
+    return str(tmp_path / "last.pt")
+
+
+def test_resume_survives_a_torn_line(tmp_path):
+    last = stopped(tmp_path)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "lo')
-    last = str(tmp_path / "last.pt")
-    train(*parse_config(["--resume", last, "--steps", "3"]))
-    assert [line["step"] for line in losses(tmp_path)] == [1, 2, 3]
-    with pytest.raises(
-        ValueError, match="--resume goes on with the run as it was: --optimizer cannot change"
-    ):
-        parse_config(["--resume", last, "--optimizer", "sgd"], None)
+    train(*parse_config(["--resume", last]))
+    assert [line["step"] for line in losses(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_resume_refuses_whatever_would_change_the_numbers(tmp_path, monkeypatch):
+    """Every option but those that only say where things lie, what is measured and how often something is
+    written."""
+    last = stopped(tmp_path)
+    base = read_checkpoint(last)["config"]
+    free = set("root weights device workers val val_root out log_every val_every save_every".split())
+    for field in dataclasses.fields(Config):
+        if field.name in free or fields_with_groups(Config)[field.name][0] == "no option":
+            continue
+        flag, value = f"--{field.name.replace('_', '-')}", base[field.name]
+        if isinstance(value, bool):
+            given = [flag.replace("--", "--no-" if value else "--", 1)]
+        elif get_origin(field.type) is Literal:
+            given = [flag, str(next(c for c in get_args(field.type) if c != value))]
+        else:
+            given = [flag, str(value + 1) if isinstance(value, int | float) else "other"]
+        with pytest.raises(
+            ValueError, match=f"--resume goes on with the run as it was: {flag} cannot change"
+        ):
+            parse_config(["--resume", last, *given])
+    for given in (["--preset", "quick"], ["--checkpoint", last]):
+        with pytest.raises(ValueError, match=f"{given[0]} cannot change"):
+            parse_config(["--resume", last, *given])
     with pytest.raises(ValueError, match="--only cannot change"):
         parse_config(["--resume", last], "region")
+    same, _ = parse_config(
+        ["--resume", last, "--seed", "0", "--save-every", "7", "--out", str(tmp_path / "b")]
+    )
+    assert (same.save_every, same.out) == (7, str(tmp_path / "b"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"by 1 process\(es\), not by 2"):
+        parse_config(["--resume", last])
+
+
+def test_only_a_constant_rate_may_be_followed_for_longer(tmp_path):
+    last = stopped(tmp_path / "sgd", "--optimizer", "sgd")
+    assert parse_config(["--resume", last, "--steps", "9"])[0].steps == 9
+    train(*parse_config(["--resume", last]))
+    with pytest.raises(ValueError, match="this run has finished its 4 steps"):
+        parse_config(["--resume", last])
+    maps = {"saliency": "maps"}
+    state = torch.load(last, weights_only=True)
+    torch.save(state | {"step": 2, "config": state["config"] | maps}, last)
+    assert parse_config(["--resume", last, "--saliency", "moved"])[0].saliency == "moved"
+    with pytest.raises(ValueError, match="--saliency cannot change"):
+        parse_config(["--resume", last, "--saliency", "none"])
+
+
+def test_a_folder_keeps_the_run_that_it_holds(tmp_path, monkeypatch):
+    """A stopped run is not written over, a finished one only by name, and a mistyped option changes
+    nothing."""
+    monkeypatch.chdir(tmp_path)
+    last = stopped(tmp_path / "runs" / "quick")
+    with pytest.raises(
+        ValueError, match="runs/quick holds a run that was stopped: go on with --resume .*last.pt"
+    ):
+        parse_config(SMALL)
+    train(*parse_config(["--resume", last]))
+    assert parse_config(SMALL)[0].out == "runs/quick-2"
+    stopped(tmp_path / "runs" / "quick-2")
+    with pytest.raises(ValueError, match="runs/quick-2 holds a run that was stopped"):
+        parse_config(SMALL)
+    assert parse_config([*SMALL, "--out", "runs/quick"])[0].out == "runs/quick"  # asked for by name
+    before = (tmp_path / "runs/quick/metrics.jsonl").read_text()
+    for flags in (
+        ["--lr", "-1"],
+        ["--val", "pfwillow", "--val-root", "nowhere"],
+        ["--batch", "9999"],
+        ["--weights", "absent.pth"],
+    ):
+        with pytest.raises(SystemExit):
+            main([*SMALL, "--out", "runs/quick", *flags])
+        assert (tmp_path / "runs/quick/metrics.jsonl").read_text() == before
+    (tmp_path / "runs/quick/last.pt").write_bytes(b"something else")
+    with pytest.raises(ValueError, match="cannot read a checkpoint from runs/quick/last.pt"):
+        parse_config(SMALL)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path):
+    """A limit on the size of files stands for a full disk: the log fits, a checkpoint does not."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
+    out = run("train.py", *SMALL, "--steps", "2", "--out", tmp_path, preexec_fn=limit)
+    assert out.returncode == 1 and "Traceback" not in out.stderr
+    assert out.stderr.splitlines()[-1].startswith(
+        f"error: cannot write {tmp_path / 'last.pt'}: File too large"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"] and len(losses(tmp_path)) == 2
+
+
+def test_what_would_train_something_else_is_said(tmp_path):
+    for category in ("dog", "fish"):
+        (tmp_path / "two" / category).mkdir(parents=True)
+        for k in range(4):
+            draw_shape(category, k, 96)["image"].save(tmp_path / "two" / category / f"{k}.png")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "dog").symlink_to(tmp_path / "two" / "dog")
+    (tmp_path / "maps").mkdir()
+    for category in ("dog", "fish"):  # a single bright corner
+        (tmp_path / "maps" / category).mkdir()
+        for k in range(4):
+            dark = Image.new("L", (8, 8))
+            dark.putpixel((0, 0), 255)
+            dark.save(tmp_path / "maps" / category / f"{k}_sal.png")
+    steps = ["--steps", "1", "--batch", "2", "--candidates", "32"]
+    two = run("train.py", *SMALL, *steps, "--root", tmp_path / "two", "--out", tmp_path / "a")
+    assert two.returncode == 0 and two.stderr.count("\n") == 1
+    assert "no saliency maps, so every cell is foreground (Table 4, II)" in two.stderr
+    one = run(
+        "train.py", *SMALL, *steps, "--root", tmp_path / "one", "--saliency", "none", "--out", tmp_path / "b"
+    )
+    assert one.returncode == 0 and one.stderr.startswith("one class only: Eq. (2) has no negatives")
+    maps = ["--saliency", tmp_path / "maps", "--no-augment"]
+    few = run("train.py", *SMALL, *steps, "--root", tmp_path / "two", *maps, "--out", tmp_path / "c")
+    assert few.returncode == 0 and few.stderr.count("\n") == 1
+    assert re.match(
+        r"only [01]\.\d of 16 pairs a couple are found: the foreground may be small, lower --", few.stderr
+    )
+
+
+def test_a_nearly_dead_class_is_left_out_while_two_others_live(tmp_path):
+    for category in ("dog", "fish", "lamp"):
+        (tmp_path / "images" / category).mkdir(parents=True)
+        for k in range(6):
+            draw_shape(category, k, 96)["image"].save(tmp_path / "images" / category / f"{k}.png")
+    for k in range(5):
+        (tmp_path / "images" / "fish" / f"{k}.png").write_bytes(b"damaged")
+    flags = ["--root", tmp_path / "images", "--saliency", "none", "--steps", "6"]
+    out = run("train.py", *SMALL, *flags, "--out", tmp_path / "run")
+    assert out.returncode == 0, out.stderr
+    assert "class fish: fewer than two readable images; left out" in out.stderr
+    assert "5 unreadable files passed over" in out.stderr
+    for k in range(5):
+        (tmp_path / "images" / "lamp" / f"{k}.png").write_bytes(b"damaged")
+    out = run("train.py", *SMALL, *flags, "--out", tmp_path / "few")
+    assert out.returncode == 1 and "fewer than two classes have two readable images" in out.stderr
+
+
+def test_every_number_has_a_range():
+    """Negative ones, nan and infinity are refused by name, wherever they may stand."""
+    for field in dataclasses.fields(Config):
+        if field.type not in (int, float) or fields_with_groups(Config)[field.name][0] == "no option":
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        for value in ("-1", *(("nan", "inf") if field.type is float else ())):
+            with pytest.raises(ValueError, match=f"^{flag} {value}[.0]*: "):
+                parse_config([*SMALL, flag, value])
+    for flag in ("--mil-lr", "--temperature", "--lr", "--pairs"):
+        with pytest.raises(ValueError, match=f"^{flag} 0[.0]*: (above 0|at least 1)"):
+            parse_config([*SMALL, flag, "0"])
+    with pytest.raises(ValueError, match="^--size 0: from 1 to 8192"):
+        parse_config([*SMALL, "--size", "0"])
+    with pytest.raises(ValueError, match="^--seed 1180591620717411303424: from 0 to"):
+        parse_config([*SMALL, "--seed", str(2**70)])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
@@ -189,10 +375,39 @@ def test_learning_rate_schedule():
     assert learning_rate(dataclasses.replace(cfg, optimizer="sgd"), 53) == 2.0
 
 
+def test_what_the_paper_gives_is_the_default_or_the_preset():
+    """Sections 3.2, 3.3 and 4.1, Table 4: every number that the paper names."""
+    cfg = Config()
+    assert (cfg.backbone, cfg.size, cfg.pairs, cfg.hough, cfg.hough_side) == ("ibot_vitb16", 512, 16, True, 5)
+    assert (cfg.batch, cfg.stages, cfg.shared_attention, REGION) == (4, 3, False, 5)
+    assert (cfg.lambda_image, cfg.lambda_region, cfg.lambda_pixel) == (1, 1, 1)
+    assert (HEADS, AP_TEMPERATURE, HOUGH_EXPONENT, NMS_RADIUS) == (4, 0.05, 3, 1)  # ours, where it gives none
+    assert (cfg.candidates, cfg.temperature, cfg.saliency_threshold, cfg.volume_window) == (32, 0.05, 0.5, 4)
+    for preset in ("paper", "literal"):
+        paper, _ = parse_config(["--preset", preset, "--root", "x", "--out", "unused"])
+        assert (paper.optimizer, paper.lr, paper.mil_lr, paper.batch, MOMENTUM) == ("sgd", 3e-5, 1, 4, 0.9)
+        assert learning_rate(paper, 0) == learning_rate(paper, paper.steps - 1) == 3e-5
+
+
+def test_the_optimisers_groups():
+    """Image and region stage at mil_lr times the rate; the pixel stage, and blocks it shares, at the whole
+    rate."""
+    for shared in (False, True):
+        cascade = Cascade(Config(backbone="random_vit8", size=64, mil_lr=0.25, shared_attention=shared))
+        optimizer, names = build_optimizer(cascade), {p: name for name, p in cascade.named_parameters()}
+        slow, fast = ({names[p] for p in group["params"]} for group in optimizer.param_groups)
+        assert [group["scale"] for group in optimizer.param_groups] == [0.25, 1.0]
+        assert isinstance(optimizer, torch.optim.AdamW) and optimizer.param_groups[0]["weight_decay"] == 0.01
+        trained = {name for name in names.values() if not name.startswith("backbone.")}
+        assert slow | fast == trained and not slow & fast
+        expected = {n for n in trained if n.startswith("pixel.") or (shared and ".gated." in n)}
+        assert fast == expected and len(slow) > 40
+
+
 def test_every_option_is_used_explained_and_known_by_its_name():
     names = ("train", "modules", "image_stage", "region_stage", "pixel_stage", "support/benchmarks")
     source = "".join((ROOT / f"{name}.py").read_text() for name in names)
-    help_of = option_help(Config)
+    help_of = {name: text for name, (_, text) in fields_with_groups(Config).items()}
     for field in dataclasses.fields(Config):
         assert re.search(rf'cfg\.{field.name}\b|cfg, "{field.name}"', source), f"--{field.name} is never read"
     for name in ("hough_side", "pairs", "ap", "lr", "size"):
@@ -209,7 +424,6 @@ def test_single_options_override_a_preset():
 
 @pytest.mark.parametrize("flags, words", [
     (["--dataset", "folder", "--root", "nowhere"], "--root nowhere: expected a folder of class folders"),
-    (["--backbone", "resnet50"], "unknown backbone 'resnet50'"),
     (["--size", "60"], "--size 60: not a multiple"),
     (["--size", "24"], "raise --size"),
     (["--batch", "9999"], "--batch 9999"),
@@ -220,12 +434,10 @@ def test_single_options_override_a_preset():
     (["--axes", "10"], "--axes 10: a multiple of 4"),
     (["--device", "abacus"], "--device abacus"),
     (["--accumulate", "0"], "--accumulate 0: at least 1"),
-    (["--seed", "-1"], "--seed -1: not negative"),
+    (["--seed", "-1"], "--seed -1: from 0 to"),
     (["--val", "pfwillow", "--val-root", "nowhere"], "PF-WILLOW folder nowhere: expected"),
 ])  # fmt: skip
 def test_bad_options_are_one_line(tmp_path, flags, words, capsys):
-    from train import main
-
     with pytest.raises(SystemExit) as error:
         main([*SMALL, "--out", str(tmp_path), "--steps", "1", *flags])
     assert words in str(error.value) and "\n" not in str(error.value)
@@ -236,6 +448,7 @@ def test_a_value_that_is_no_choice_is_refused_with_the_choices(capsys):
         (["--optimizer", "lion"], "adamw"),
         (["--dataset", "cub"], "folder"),
         (["--stages", "4"], "3"),
+        (["--backbone", "resnet50"], "ibot_vitb16"),
     ):
         with pytest.raises(SystemExit) as error:
             parse_config(flags)
@@ -289,6 +502,36 @@ def test_a_checkpoint_refuses_another_backbone_and_another_shape(tmp_path):
         ValueError, match="written by another version of train.py .option heads.; train it anew"
     ):
         load_cascade(path)
+
+
+def test_a_damaged_checkpoint_is_one_line_that_names_it(tmp_path, capsys):
+    last = stopped(tmp_path)
+    whole = torch.load(last, weights_only=True)
+    key = next(iter(whole["model"]))
+    for changes, words in (
+        ({"model": [1]}, "its model is a list"),
+        ({"model": whole["model"] | {key: "no weights"}}, f"its {key} is no tensor"),
+        ({"model": {k: v for k, v in whole["model"].items() if k != key}}, "does not fit the image stage"),
+        ({"config": whole["config"] | {"size": "64"}}, "its size is a str"),
+        (
+            {"config": {k: v for k, v in whole["config"].items() if k != "size"}},
+            "another version of train.py",
+        ),
+        ({"step": None}, "its step is a NoneType"),
+        ({"backbone": None}, "its backbone is a NoneType"),
+        ({"optimizer": {}}, "its optimizer does not fit"),
+        ({"program": "another"}, "is a checkpoint of another, not of train.py"),
+    ):
+        torch.save(whole | changes, last)
+        with pytest.raises(SystemExit) as error:
+            main(["--resume", last])
+        assert last in str(error.value) and words in str(error.value) and "\n" not in str(error.value), (
+            changes
+        )
+    for content in (b"", b"PK\x03\x04 cut short", (ROOT / "README.md").read_bytes()):
+        Path(last).write_bytes(content)
+        with pytest.raises(SystemExit, match=f"cannot read a checkpoint from {last}"):
+            main(["--resume", last])
 
 
 def test_conditioning_is_found_from_training_images_and_goes_with_the_checkpoint(tmp_path):
