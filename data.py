@@ -5,11 +5,13 @@ give image pairs with annotated points and are only ever scored on. Readers of t
 support/benchmarks.py.
 
 Keypoints are (x, y) with pixel centres at integers. Every image is squashed to S x S and cut into h x w
-cells, so a cell's centre is ((i + 0.5) * W / w - 0.5) in the pixels of the image itself; `pixels_to_cells`
-and `cells_to_pixels` are the only places that know.
+cells, so a cell's centre is ((i + 0.5) * W / w - 0.5) in the pixels of the image itself, see
+`pixels_to_cells` and `cells_to_pixels`.
 """
 
+import contextlib
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +24,8 @@ from torch.utils.data import Dataset, Sampler
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which every backbone was trained with
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+UNREAD = ".arw .avif .cr2 .dng .gif .heic .heif .jfif .jp2 .jxl .nef .ppm .psd .svg .tga .tif .tiff".split()
+ORIENTATION = 0x0112  # the EXIF tag: 1 as stored, 2 to 8 mirrored or turned, of which 5 to 8 swap the sides
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of its image
 
 
@@ -45,42 +49,80 @@ def cells_to_pixels(cells: Tensor, size: tuple[int, int], grid: tuple[int, int])
 # Images, saliency maps, views
 
 
-def open_image(path: str | Path, upright: bool = False) -> Image.Image:
-    """Read an RGB image; ValueError, naming the file, if it is missing or corrupt.
-
-    upright: turn it as its camera's orientation tag says (photographs of one's own; no benchmark's points
-    do).
-    """
+@contextlib.contextmanager
+def opened(path: str | Path) -> Iterator[Image.Image]:
+    """A picture, of which the header has been read; ValueError, naming the file, if it is missing or corrupt,
+    whenever that shows."""
     try:
         with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):  # 16 bits and more: Pillow's own conversion clips to white
-                array = np.asarray(image, np.float32)
-                scale = 255 / max(255, 65535 * (array.max() > 255))
-                image = Image.fromarray((array * scale).astype(np.uint8))
-            return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
+            yield image
     except FileNotFoundError:
         raise ValueError(f"no such image: {path}") from None
     except Exception as error:  # Pillow's decoders raise many kinds for a damaged file
         raise ValueError(f"cannot read image {path}: {error}") from None
 
 
-def open_saliency(path: str | Path, rescale: bool = True) -> Image.Image:
+def open_image(path: str | Path, upright: bool = False) -> Image.Image:
+    """Read an RGB image; ValueError, naming the file, if it is missing or corrupt.
+
+    upright: turn it as its camera's orientation tag says. One rule everywhere: photographs (class folders,
+    lists and pictures of one's own) are upright, as viewers and annotation tools show them; benchmark sets
+    are as stored, as their points were made.
+    """
+    with opened(path) as image:
+        if upright:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):  # 16 bits and more: Pillow's own conversion clips to white
+            array = np.asarray(image, np.float32)
+            scale = 255 / max(255, 65535 * (array.max() > 255))
+            image = Image.fromarray((array * scale).astype(np.uint8))
+        return image.convert("RGB")
+
+
+def image_size(path: str | Path, upright: bool = False) -> tuple[int, int]:
+    """(W, H) of what open_image gives, from the file's header alone."""
+    with opened(path) as image:
+        swapped = upright and image.getexif().get(ORIENTATION, 1) in range(5, 9)
+        return image.size[::-1] if swapped else image.size
+
+
+def open_saliency(path: str | Path, rescale: bool = True, upright: bool = False) -> Image.Image:
     """Read an 8-bit saliency map of any size: mode F in [0, 1], rescaled to its own minimum and maximum.
 
     Detectors rarely reach 0 and 1, and a threshold means the same for every image only after rescaling;
-    without it the map's own values are kept.
+    without it the map's own values are kept. upright: see open_image.
     """
-    gray = np.asarray(open_image(path).convert("L"), np.float32)
+    gray = np.asarray(open_image(path, upright).convert("L"), np.float32)
     low, high = (gray.min(), gray.max()) if rescale else (0, 255)
     if high == low:  # nothing stands out: everything is foreground
         return Image.fromarray(np.ones_like(gray))
     return Image.fromarray((gray - low) / (high - low))
 
 
-def prepare(
-    image: Image.Image, saliency: Image.Image | None, size: int, patch: int,
-    box: Box | None = None, mirror: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+def open_with_map(path: str | Path, place: str | Path | None, rescale: bool = True,
+                  upright: bool = True) -> tuple[Image.Image, Image.Image | None]:
+    """An image and its saliency map, if a place of one is given; see open_image and open_saliency.
+
+    A map covers the whole image, so it is square, the image squashed, or has the image's aspect to within a
+    pixel a side or a tenth, which is room for any rounding of small maps and to whole patches. ValueError,
+    naming both files and sizes, for every other: it was cut or padded or is of another picture and, if it is
+    high where the image is wide, one of them lies on its side.
+    """
+    image = open_image(path, upright)
+    if place is None:
+        return image, None
+    saliency = open_saliency(place, rescale, upright)
+    (w, h), (width, height) = saliency.size, image.size
+    turned, off = (w - h) * (width - height) < 0, abs(w * height - h * width)
+    if w != h and (turned or off > max(0.1 * h * width, width + height)):
+        shown = f"{width}x{height} px{' upright' * upright}"
+        raise ValueError(f"saliency map {place} of {w}x{h} px does not fit image {path} of {shown}: a map has"
+                         " its image's orientation and aspect, or is square")
+    return image, saliency
+
+
+def prepare(image: Image.Image, saliency: Image.Image | None, size: int, patch: int, box: Box | None = None,
+            mirror: bool = False) -> tuple[Tensor, Tensor | None]:
     """A view of an image as the backbone wants it, and of its saliency map in cells.
 
     box: in pixels of the image, the whole of it if None; squashed to size x size (bicubic), mirrored last.
@@ -122,17 +164,15 @@ class ImageSet:
     <class>/<image name>_sal.png; rescale: its maps, see open_saliency.
     """
 
-    def __init__(
-        self, paths: list[Path], labels: list[int], classes: list[str],
-        saliency: str | None = None, rescale: bool = True,
-    ) -> None:
+    def __init__(self, paths: list[Path], labels: list[int], classes: list[str],
+                 saliency: str | None = None, rescale: bool = True) -> None:
         if saliency and not Path(saliency).is_dir():
             raise ValueError(f"--saliency {saliency}: no such folder; expected <class>/<image>_sal.png in it")
         self.paths, self.labels, self.classes = paths, labels, classes
         self.saliency, self.rescale = saliency, rescale
         self.empty: list[Path] = []  # files of no bytes that were left out
         self.mirrored: set[int] = set()  # images that are turned left to right when loaded
-        self.upright = False  # turn images as their cameras' tags say
+        self.upright = False  # images, and maps, turned as their cameras' tags say
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -146,14 +186,23 @@ class ImageSet:
 
     def load(self, index: int) -> tuple[Image.Image, Image.Image | None]:
         """RGB image and its saliency map (mode F, [0, 1]) or None; ValueError names a file it cannot read."""
-        path, saliency = self.paths[index], None
-        image = open_image(path, self.upright)
+        path, place = self.paths[index], None
         if self.saliency:
             place = Path(self.saliency, self.classes[self.labels[index]], f"{path.stem}_sal.png")
-            saliency = open_saliency(place, self.rescale)
+        image, saliency = open_with_map(path, place, self.rescale, self.upright)
         if index in self.mirrored:
             return ImageOps.mirror(image), saliency and ImageOps.mirror(saliency)
         return image, saliency
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(W, H) of what `load` gives, without decoding it."""
+        return image_size(self.paths[index], self.upright)
+
+    def as_stored(self, index: int) -> bool:
+        """Whether the image's file holds what `load` gives, neither turned nor mirrored."""
+        with opened(self.paths[index]) as image:
+            turned = self.upright and image.getexif().get(ORIENTATION, 1) in range(2, 9)
+        return not turned and index not in self.mirrored
 
     def substitutes(self, index: int) -> list[int]:
         """Images to fall back on, in order, where this one cannot be read: the rest of its class."""
@@ -174,19 +223,27 @@ class ImageSet:
         return [pairs[k] for k in rng.permutation(len(pairs))]
 
 
+def visible(folder: Path) -> list[Path]:
+    """What is in a folder, sorted, without what tools hide there: names with a dot ahead, and __MACOSX."""
+    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name != "__MACOSX")
+
+
 def class_folders(root: str | None, saliency: str | None = None, rescale: bool = True) -> ImageSet:
     """One folder a class (ImageNet's train layout, Caltech); classes of a single image are left out and
     named.
 
-    Empty files are skipped, counted and named here; other damage shows when a file is decoded, see
+    Images are upright, see open_image. Hidden folders and files are none; empty files and pictures of endings
+    that are not read are skipped, counted and named here; other damage shows when a file is decoded, see
     TrainPairs.
     """
-    folders = sorted(p for p in Path(root).iterdir() if p.is_dir()) if root and Path(root).is_dir() else []
+    folders = [p for p in visible(Path(root)) if p.is_dir()] if root and Path(root).is_dir() else []
     if not folders:
         raise ValueError(f"--root {root}: expected a folder of class folders, ROOT/<class>/<image>.jpg")
-    paths, labels, classes, empty = [], [], [], []
+    paths, labels, classes, empty, others = [], [], [], [], Counter()
     for folder in folders:
-        files = sorted(p for p in folder.iterdir() if p.suffix.lower() in EXTENSIONS)
+        found = visible(folder)
+        files = [p for p in found if p.suffix.lower() in EXTENSIONS]
+        others.update(p.suffix.lower() for p in found if p.suffix.lower() in UNREAD)
         usable = [p for p in files if p.is_file() and p.stat().st_size]
         empty += sorted(set(files) - set(usable))
         if len(usable) < 2:
@@ -197,52 +254,76 @@ def class_folders(root: str | None, saliency: str | None = None, rescale: bool =
         classes.append(folder.name)
     if empty:
         print(f"{len(empty)} empty files skipped: {', '.join(map(str, empty[:5]))}", file=sys.stderr)
+    if others:
+        counts = ", ".join(f"{count} {ending}" for ending, count in others.most_common())
+        print(f"{others.total()} pictures of endings that are not read skipped ({counts}): convert them to"
+              f" one of {' '.join(sorted(EXTENSIONS))}", file=sys.stderr)
     if not paths:
         raise ValueError(f"--root {root}: no class folder holds two images ({', '.join(sorted(EXTENSIONS))})")
     images = ImageSet(paths, labels, classes, saliency, rescale)
-    images.empty = empty
+    images.empty, images.upright = empty, True
     return images
 
 
 class TrainPairs(Dataset):
-    """Pairs of views for training. Keys are (epoch, source index, target index), so that everything random
-    follows from the key and the seed: the order of work, workers and resumption change nothing.
+    """Couples of views for training. Keys are (epoch, place in the epoch, source index, target index), so
+    that everything random follows from the key and the seed: the order of work, workers and resumption change
+    nothing, and an image that stands in several couples of an epoch is cropped anew in each.
     """
 
     def __init__(self, images: ImageSet, size: int, patch: int, augment: bool, seed: int) -> None:
         self.images, self.size, self.patch, self.augment, self.seed = images, size, patch, augment, seed
 
-    def view(self, index: int, epoch: int, partner: int) -> tuple[Tensor, Tensor, list[str]]:
-        """Image (3, S, S), saliency cells (h, w) or an empty tensor, and the unreadable files passed over.
+    def read(self, src: int, trg: int) -> tuple[list[tuple], list[str]]:
+        """(image, saliency map) of both ends, none if the class has no two such images; and a line an
+        unreadable file.
 
-        What takes an unreadable image's place is of its class and not the partner it is to be matched with.
+        What takes an unreadable image's place is of its class, and never the other end.
         """
-        candidates, skipped = [index], []
-        for candidate in candidates:
-            try:
-                image, saliency = self.images.load(candidate)
-                break
-            except ValueError as error:
-                skipped.append(str(error))
-                if candidate == index:  # the search runs over all labels: only now
-                    candidates += [i for i in self.images.substitutes(index) if i != partner]
-        else:
-            name = self.images.classes[self.images.labels[index]]
-            raise ValueError(f"no image of class {name} can be read; the first: {skipped[0]}")
-        box, mirror = None, False
-        if self.augment:
-            rng = np.random.default_rng((self.seed, epoch, index))
-            box, mirror = random_box(image.size, rng), bool(rng.random() < 0.5)
-        tensor, cells = prepare(image, saliency, self.size, self.patch, box, mirror)
-        return tensor, torch.empty(0) if cells is None else cells, skipped
+        found, used, skipped = [], [src, trg], []
+        for end, index in enumerate((src, trg)):
+            candidates = [index]
+            for candidate in candidates:
+                try:
+                    found.append(self.images.load(candidate))
+                    used[end] = candidate
+                    break
+                except ValueError as error:
+                    skipped.append(str(error))
+                    if candidate == index:  # the search runs over all labels: only now
+                        candidates += [i for i in self.images.substitutes(index) if i != used[1 - end]]
+            else:
+                return [], skipped
+        return found, skipped
 
-    def __getitem__(self, key: tuple[int, int, int]) -> dict:
-        """Both views (3, S, S), both maps (h, w) or empty, their class, and a line an unreadable file."""
-        epoch, src, trg = key
-        src_img, src_sal, bad_s = self.view(src, epoch, trg)
-        trg_img, trg_sal, bad_t = self.view(trg, epoch, src)
-        views = {"src_img": src_img, "trg_img": trg_img, "src_sal": src_sal, "trg_sal": trg_sal}
-        return views | {"label": self.images.labels[src], "skipped": "\n".join(bad_s + bad_t)}
+    def __getitem__(self, key: tuple[int, int, int, int]) -> dict:
+        """Both views (3, S, S), both maps (h, w) or empty, their class, and a line a file or class passed
+        over.
+
+        A class without two readable images is left out: another class takes its place.
+        """
+        epoch, place, src, trg = key
+        label, skipped = self.images.labels[src], []
+        for turn in range(len(self.images.classes)):
+            found, unreadable = self.read(src, trg)
+            skipped += unreadable
+            if found:
+                break
+            skipped.append(f"class {self.images.classes[label]}: fewer than two readable images; left out")
+            label = (label + 1) % len(self.images.classes)
+            rng = np.random.default_rng((self.seed, epoch, place, turn))
+            src, trg = rng.permutation(self.images.members()[label])[:2].tolist()
+        else:
+            raise ValueError(f"no class has two images that can be read; the first: {skipped[0]}")
+        item = {"label": label, "skipped": "\n".join(skipped)}
+        for end, name in enumerate(("src", "trg")):
+            box, mirror, (image, saliency) = None, False, found[end]
+            if self.augment:
+                rng = np.random.default_rng((self.seed, epoch, place, end))
+                box, mirror = random_box(image.size, rng), bool(rng.random() < 0.5)
+            view, cells = prepare(image, saliency, self.size, self.patch, box, mirror)
+            item |= {f"{name}_img": view, f"{name}_sal": torch.empty(0) if cells is None else cells}
+        return item
 
 
 class PairStream(Sampler):
@@ -252,9 +333,8 @@ class PairStream(Sampler):
     stopped.
     """
 
-    def __init__(
-        self, images: ImageSet, batch: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
-    ) -> None:
+    def __init__(self, images: ImageSet, batch: int, seed: int, start: int = 0, rank: int = 0,
+                 world: int = 1) -> None:
         self.images, self.batch, self.seed = images, batch, seed
         self.start, self.rank, self.world = start, rank, world
         count = len(images.epoch_pairs(seed, 0))
@@ -263,14 +343,14 @@ class PairStream(Sampler):
             raise ValueError(f"--batch {batch}: {limit}")
         self.per_epoch = count // batch
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         position, epoch, pairs = self.start + self.rank, -1, []
         while True:
             if position // self.per_epoch != epoch:
                 epoch = position // self.per_epoch
                 pairs = self.images.epoch_pairs(self.seed, epoch)
             first = position % self.per_epoch * self.batch
-            yield [(epoch, *pair) for pair in pairs[first : first + self.batch]]
+            yield [(epoch, first + k, *pair) for k, pair in enumerate(pairs[first : first + self.batch])]
             position += self.world
 
 
@@ -319,7 +399,7 @@ class KeypointSet:
     def size(self, index: int) -> tuple[int, int]:
         """(W, H) of an image in pixels."""
         if index not in self.sizes:
-            self.sizes[index] = self.load(index)[0].size
+            self.sizes[index] = self.images.size(index)
         return self.sizes[index]
 
     def load(self, index: int) -> tuple[Image.Image, Image.Image | None]:

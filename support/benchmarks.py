@@ -2,7 +2,9 @@
 
 SPair-71k and label sets in its form, PF-PASCAL, PF-WILLOW, pairs in a CSV file; `shapes` is drawn. A `root`
 is the benchmark's folder or one that holds it; None: see download.places. ValueErrors name the file and its
-line.
+line: that of a malformed entry, of a point outside its image (benchmarks: more than a pixel beyond the
+centres of the outermost pixels, which lets SPair-71k's last pixel through) and of a box without extent, by
+which nothing could be scored. Images that are missing are named when they are loaded.
 """
 
 import csv
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import Box, ImageSet, KeypointPair, KeypointSet, class_folders, open_image
+from data import Box, ImageSet, KeypointPair, KeypointSet, class_folders, image_size
 from support.download import BENCHMARKS, benchmark_file
 from support.shapes import Shapes, shapes_pairs
 
@@ -33,6 +35,8 @@ def read_rows(path: Path) -> list[tuple[int, list[str]]]:
         raise ValueError(f"cannot read {path}: {error}") from None
     if not rows:
         raise ValueError(f"{path}: empty, expected a header and rows")
+    if len(header := rows[0][1]) == 1 and (mark := {";", "\t"} & set(header[0])):
+        raise ValueError(f"{path}: its columns are separated by {mark.pop()!r}; expected ','")
     return rows
 
 
@@ -76,23 +80,49 @@ def read_mat(path: Path, **shapes: tuple[int, int]) -> list[np.ndarray]:
     return found
 
 
-def gather(name: str, origin: Path, found: list[tuple], rule: str = "bbox") -> KeypointSet:
+def check_pair(where: str, keypoints: KeypointSet, pair: KeypointPair, slack: float) -> None:
+    """ValueError, at `where`, for a box without extent and for a point outside its image: `slack` pixels
+    beyond the centres of the outermost pixels, 0.5 being the image's edge."""
+    for side, index, kps, box in (("source", pair.src, pair.src_kps, pair.src_box),
+                                  ("target", pair.trg, pair.trg_kps, pair.trg_box)):
+        if not max(box[2] - box[0], box[3] - box[1]) > 0:
+            corners = "{:g},{:g} to {:g},{:g}".format(*box)
+            raise ValueError(f"{where}: the {side}'s box, {corners}, has no extent, so that d of PCK is 0;"
+                             " the box round points needs two of them, apart")
+        try:
+            width, height = keypoints.size(index)
+        except ValueError:  # loading names the file; training passes over it
+            continue
+        for number, (x, y) in enumerate(kps.tolist(), 1):
+            x = width - x if index in keypoints.images.mirrored else x  # as it is written
+            if not (-slack <= x <= width - 1 + slack and -slack <= y <= height - 1 + slack):
+                image = f"{keypoints.images.paths[index]} of {width}x{height} px"
+                raise ValueError(f"{where}: {side} point {number} ({x:g}, {y:g}) lies outside {image}")
+
+
+def gather(name: str, origin: Path, found: list[tuple], rule: str = "bbox", slack: float = 1.0,
+           upright: bool = False) -> KeypointSet:
     """A KeypointSet of pairs that name their images by (path, mirrored): every distinct image gets one id.
 
     Its label is the category of the first pair that shows it. origin: the list, named if it has no pairs.
+    found: (where it is written, source, target, ...), from there on as in KeypointPair. slack: see
+    check_pair.
     """
     if not found:
         raise ValueError(f"{origin}: no pairs in it")
     shown: dict[tuple[Path, bool], str] = {}
-    for src, trg, _, _, category, *_ in found:
+    for _, src, trg, _, _, category, *_ in found:
         shown.setdefault(src, category)
         shown.setdefault(trg, category)
     classes, ids = sorted(set(shown.values())), {image: k for k, image in enumerate(shown)}
     labels = [classes.index(label) for label in shown.values()]
     images = ImageSet([path for path, _ in shown], labels, classes)
-    images.mirrored = {ids[image] for image in shown if image[1]}
-    pairs = [KeypointPair(ids[src], ids[trg], *rest) for src, trg, *rest in found]
-    return KeypointSet(name, images, pairs, rule)
+    images.mirrored, images.upright = {ids[image] for image in shown if image[1]}, upright
+    pairs = [KeypointPair(ids[src], ids[trg], *rest) for _, src, trg, *rest in found]
+    keypoints = KeypointSet(name, images, pairs, rule)
+    for (where, *_), pair in zip(found, pairs):
+        check_pair(where, keypoints, pair, slack)
+    return keypoints
 
 
 class PairedSet(ImageSet):
@@ -153,9 +183,9 @@ def annotated_pairs(name: str, root: str | None, split: str, layout: str, file: 
             raise ValueError(f"{listed} line {number}: neither {place}") from None
         except KeyError as error:
             raise ValueError(f"{path}: no {error} in it") from None
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"{path}: {error}") from None
-        found.append((*images, *kps, category, *boxes, codes))
+        found.append((path, *images, *kps, category, *boxes, codes))
     small = f" {layout}" if layout != "large" else ""
     return gather(f"{BENCHMARKS[name].title}{small} {split}", listed, found)
 
@@ -189,16 +219,23 @@ PASCAL_CLASSES = [
 ]
 
 
-def pfpascal_list(root: str | None, split: str) -> Path:
-    """The list of a split: trn, val or test."""
-    ncnet = f"{split.replace('trn', 'train')}_pairs_pf_pascal.csv"
-    return benchmark_file("pfpascal", root, f"{split}_pairs.csv", ncnet)
+def pfpascal_list(root: str | None, split: str) -> tuple[Path, Path]:
+    """The list of a split, trn, val or test, and the folder with JPEGImages and Annotations in it.
+
+    The list lies in that folder or, as NCNet has it, in image_pairs inside or beside it.
+    """
+    train = split.replace("trn", "train")
+    names = dict.fromkeys((f"{split}_pairs.csv", f"{train}_pairs_pf_pascal.csv", f"{train}_pairs.csv"))
+    listed = benchmark_file("pfpascal", root, *names, within=("", "image_pairs", "../image_pairs"))
+    folder = listed.parents[listed.parent.name == "image_pairs"]
+    inside = (folder / name for name in ("", *BENCHMARKS["pfpascal"].folders))
+    return listed, next((place for place in inside if (place / "JPEGImages").is_dir()), folder)
 
 
-def pfpascal_rows(path: Path) -> Iterator[tuple[int, Path, Path, str, bool, list[str]]]:
+def pfpascal_rows(path: Path, images: Path) -> Iterator[tuple[int, Path, Path, str, bool, list[str]]]:
     """Rows of a list of PF-PASCAL: line, both images, class, flip, and XA, YA, XB, YB where it has them."""
     (_, header), *rows = read_rows(path)
-    folder, known = path.parent / "JPEGImages", dict(enumerate(PASCAL_CLASSES, 1))
+    known = dict(enumerate(PASCAL_CLASSES, 1))
     for number, row in rows:
         try:
             src, trg, label, *rest = row
@@ -209,7 +246,7 @@ def pfpascal_rows(path: Path) -> Iterator[tuple[int, Path, Path, str, bool, list
             wanted = "source,target,class 1 to 20,flip 0 or 1 (test: XA,YA,XB,YB instead), as in the header"
             raise ValueError(f"{path} line {number}: expected {wanted}") from None
         points = rest[:4] if len(rest) > 1 else []
-        yield number, folder / Path(src).name, folder / Path(trg).name, name, flip, points
+        yield number, images / Path(src).name, images / Path(trg).name, name, flip, points
 
 
 def pfpascal_pairs(root: str | None, split: str) -> KeypointSet:
@@ -219,10 +256,10 @@ def pfpascal_pairs(root: str | None, split: str) -> KeypointSet:
     files', or whole images where a list with points comes without them. Flip 1 mirrors images, points and
     boxes, x to W - x as is the benchmark's custom.
     """
-    listed = pfpascal_list(root, split)
-    notes, scipy, found = listed.parent / "Annotations", importlib.util.find_spec("scipy"), []
-    read, size, whole = functools.cache(read_mat), functools.cache(lambda path: open_image(path).size), 0
-    for number, *paths, name, flip, texts in pfpascal_rows(listed):
+    listed, folder = pfpascal_list(root, split)
+    notes, scipy, found = folder / "Annotations", importlib.util.find_spec("scipy"), []
+    read, size, whole = functools.cache(read_mat), functools.cache(image_size), 0
+    for number, *paths, name, flip, texts in pfpascal_rows(listed, folder / "JPEGImages"):
         points, boxes = [], []
         for path in paths:
             mat = notes / name / f"{path.stem}.mat"
@@ -243,7 +280,8 @@ def pfpascal_pairs(root: str | None, split: str) -> KeypointSet:
             width, (x0, y0, x1, y1) = size(path)[0], boxes[k]
             kps[k][:, 0] = width - kps[k][:, 0]
             boxes[k] = (width - x1, y0, width - x0, y1)
-        found.append((*((path, flip) for path in paths), *kps, name, *boxes))
+        ends = ((path, flip) for path in paths)
+        found.append((f"{listed} line {number}", *ends, *kps, name, *boxes))
     if whole:
         print("boxes of PF-PASCAL are whole images: its .mat files need pip install scipy", file=sys.stderr)
     return gather(f"PF-PASCAL {split}", listed, found, "img")
@@ -254,7 +292,8 @@ def pfpascal_train(root: str | None, saliency: str | None = None, rescale: bool 
 
     Rows with flip 1 repeat the others mirrored; training mirrors at random, so they are left out.
     """
-    rows = pfpascal_rows(pfpascal_list(root, "trn"))
+    listed, folder = pfpascal_list(root, "trn")
+    rows = pfpascal_rows(listed, folder / "JPEGImages")
     pairs = [(src, trg, name) for _, src, trg, name, flip, _ in rows if not flip]
     return PairedSet(pairs, saliency, rescale)
 
@@ -268,27 +307,30 @@ WILLOW_FOLDERS = [
 ]
 
 
-def willow_from_mats(root: Path) -> Iterator[tuple[list[Path], tuple[Tensor, Tensor]]]:
-    """Images and points of PF-WILLOW's 900 pairs: all ordered pairs of a folder's ten images."""
+def willow_from_mats(root: Path) -> Iterator[tuple[str, list[Path], tuple[Tensor, Tensor]]]:
+    """PF-WILLOW's 900 pairs, all ordered pairs of a folder's ten images: where they are written, the images
+    and the points."""
     for name in WILLOW_FOLDERS:
-        files = sorted((root / name).glob("*.mat"))
+        files = sorted((root / name).glob("[!.]*.mat"))
         if len(files) != 10:
             raise ValueError(f"{root / name}: {len(files)} .mat files; where no list is, ten are expected")
         points = [read_mat(file, pts_coord=(2, 10))[0].T for file in files]
         for i, j in itertools.permutations(range(10), 2):
-            yield [files[k].with_suffix(".png") for k in (i, j)], point_tensors(points[i], points[j])
+            paths = [files[k].with_suffix(".png") for k in (i, j)]
+            yield f"{files[i]} with {files[j].name}", paths, point_tensors(points[i], points[j])
 
 
-def willow_from_csv(path: Path) -> Iterator[tuple[list[Path], tuple[Tensor, Tensor]]]:
+def willow_from_csv(path: Path) -> Iterator[tuple[str, list[Path], tuple[Tensor, Tensor]]]:
     """The same from a list: paths in columns 0 and 1, then ten x and ten y of either image."""
     for number, row in read_rows(path)[1:]:
         try:
             kps = np.array(row[2:], float).reshape(2, 2, 10).swapaxes(1, 2)  # (image, point, xy)
             (src, _), (trg, _) = names = [Path(p).parts[-2:] for p in row[:2]]
-            yield [path.parent.joinpath(*name) for name in names], point_tensors(*kps)
+            kps = point_tensors(*kps)
         except ValueError:
             wanted = "expected two <folder>/<image> and 40 coordinates"
             raise ValueError(f"{path} line {number}: {wanted}") from None
+        yield f"{path} line {number}", [path.parent.joinpath(*name) for name in names], kps
 
 
 def pfwillow(root: str | None) -> KeypointSet:
@@ -297,9 +339,9 @@ def pfwillow(root: str | None) -> KeypointSet:
     The boxes are those around the ten points (rule "bbox": no padding enters them).
     """
     origin = benchmark_file("pfwillow", root, "test_pairs.csv", "test_pairs_pf.csv", WILLOW_FOLDERS[0])
-    found = []
-    for (src, trg), kps in willow_from_mats(origin.parent) if origin.is_dir() else willow_from_csv(origin):
-        found.append(((src, False), (trg, False), *kps, src.parent.name, *map(span, kps)))
+    rows, found = willow_from_mats(origin.parent) if origin.is_dir() else willow_from_csv(origin), []
+    for where, (src, trg), kps in rows:
+        found.append((where, (src, False), (trg, False), *kps, src.parent.name, *map(span, kps)))
     return gather("PF-WILLOW", origin, found)
 
 
@@ -307,31 +349,37 @@ def pfwillow(root: str | None) -> KeypointSet:
 # Lists of one's own
 
 
-def csv_pairs(path: str | Path) -> KeypointSet:
+def csv_pairs(path: str | Path, root: str | None = None) -> KeypointSet:
     """Pairs of one's own: a CSV with columns source,target,XA,YA,XB,YB and, if wanted, class.
 
-    Images are relative to the file, and turned as their cameras' tags say; XA and YA hold the source's
-    points, numbers of pixels joined by ';', XB and YB the target's. The boxes are those around the points.
+    Images are relative to root, or to the file without one, and upright, see data.open_image; XA and YA hold
+    the source's points, numbers of pixels joined by ';', XB and YB the target's. The boxes are those around
+    the points.
     """
     path, columns = Path(path), ("source", "target", "XA", "YA", "XB", "YB")
     (_, header), *rows = read_rows(path)
+    expected = f"expected {','.join(columns)} and, if wanted, class"
     if missing := [column for column in columns if column not in header]:
-        expected = f"expected {','.join(columns)} and, if wanted, class"
         raise ValueError(f"{path}: no column {', '.join(missing)}; {expected}")
-    found = []
+    if double := [column for column in header if column and header.count(column) > 1]:
+        raise ValueError(f"{path}: column {double[0]} is there twice; {expected}")
+    if root and not Path(root).is_dir():
+        raise ValueError(f"--datapath {root}: no such folder; the images of {path} are looked for in it")
+    found, folder = [], Path(root or path.parent)
     for number, row in rows:
-        record = dict(zip(header, row))
+        record, where = dict(zip(header, row)), f"{path} line {number}"
         try:
             if len(row) != len(header) or not (record["source"] and record["target"]):
                 raise ValueError(f"expected two images, and {len(header)} columns as in the header")
+            images = [folder / record[column] for column in columns[:2]]
+            if gone := [image for image in images if not image.is_file()]:
+                raise ValueError(f"no such image: {gone[0]}; --datapath names another folder for images")
             kps = point_columns([record[column] for column in columns[2:]])
         except ValueError as error:
-            raise ValueError(f"{path} line {number}: {error}") from None
-        images = ((path.parent / record[column], False) for column in columns[:2])
-        found.append((*images, *kps, record.get("class") or "all", *map(span, kps)))
-    keypoints = gather(path.name, path, found)
-    keypoints.images.upright = True
-    return keypoints
+            raise ValueError(f"{where}: {error}") from None
+        ends = ((image, False) for image in images)
+        found.append((where, *ends, *kps, record.get("class") or "all", *map(span, kps)))
+    return gather(path.name, path, found, slack=0.5, upright=True)
 
 
 # ------------------------------------------------------------------------------------------------------------

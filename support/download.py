@@ -36,10 +36,11 @@ BENCHMARKS = {
     ),
     "pfpascal": Benchmark(
         "PF-PASCAL",
-        ("PF-PASCAL", "PF-dataset-PASCAL"),
+        ("PF-PASCAL", "PF-dataset-PASCAL", "pf-pascal/PF-dataset-PASCAL"),  # the last: where NCNet puts it
         "JPEGImages",
         "JPEGImages/<image>.jpg, Annotations/<class>/<image>.mat, {trn,val,test}_pairs.csv or"
-        " {train,val,test}_pairs_pf_pascal.csv; from www.di.ens.fr/willow/research/proposalflow",
+        " {train,val,test}_pairs_pf_pascal.csv, or NCNet's image_pairs/{train,val,test}_pairs.csv inside or"
+        " beside that folder; from www.di.ens.fr/willow/research/proposalflow",
         f"{WILLOW}/proposalflow/dataset/PF-dataset-PASCAL.zip",
         {
             "test_pairs_pf_pascal.csv": f"{WILLOW}/cnngeometric/other_resources/test_pairs_pf_pascal.csv",
@@ -83,9 +84,10 @@ def is_there(name: str, root: str | None) -> bool:
     return made.exists() or any((place / BENCHMARKS[name].holds).is_dir() for place in places(name, root))
 
 
-def benchmark_file(name: str, root: str | None, *files: str) -> Path:
-    """The first of some files in a benchmark's folder; ValueError, in one line, says how to get it."""
-    for path in (place / file for place in places(name, root) for file in files):
+def benchmark_file(name: str, root: str | None, *files: str, within: tuple[str, ...] = ("",)) -> Path:
+    """The first of some files in a benchmark's folder, or in folders `within` it; ValueError, in one line,
+    says how to get it."""
+    for path in (place / inner / file for place in places(name, root) for inner in within for file in files):
         if path.exists():
             return path
     title, folders, _, layout, archive, _ = BENCHMARKS[name]

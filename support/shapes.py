@@ -493,6 +493,12 @@ class Shapes(ImageSet):
         mask = Image.fromarray(np.asarray(record["mask"], np.float32) / 255) if self.use_saliency else None
         return record["image"], mask
 
+    def size(self, index: int) -> tuple[int, int]:
+        return self.draw(index)["image"].size
+
+    def as_stored(self, index: int) -> bool:
+        return False
+
 
 def shapes_pairs(split: str) -> KeypointSet:
     """Annotated pairs of one split: every image is once the source, its target a random one of its class."""

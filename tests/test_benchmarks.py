@@ -43,7 +43,7 @@ def need_scipy() -> None:
 
 def save_image(path: Path, size: tuple[int, int]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.effect_noise(size, 60).convert("RGB").save(path)
+    Image.effect_noise(size, 60).convert("RGB").save(path, None if path.suffix else "PNG")
 
 
 def files(keypoints: data.KeypointSet, root: Path) -> list[list[str]]:
@@ -131,6 +131,30 @@ def test_spair_names_a_broken_record_a_missing_one_and_a_bad_line(tmp_path):
         fails(f"test.txt{says}", spair_pairs, root, "test")
 
 
+def test_spair_refuses_points_outside_their_images_and_boxes_without_extent(tmp_path):
+    """A pixel beyond the centre of the last is let through: (500, 333) in an image of 500 x 333 px."""
+    for name, size in (("2008_002719", (500, 333)), ("2008_004100", (500, 332))):
+        save_image(tmp_path / f"JPEGImages/aeroplane/{name}.jpg", size)
+
+    def root(**changed) -> Path:
+        return spair_tree(tmp_path, {"large/test": [RECORD | changed], "small/trn": [RECORD | changed]})
+
+    edges = [[500, 333], [-1, 0], [0, -1]]
+    assert spair_pairs(str(root(src_kps=edges)), "test").pairs[0].src_kps.tolist() == edges
+    where, trg = "000001-2008_002719-2008_004100:aeroplane.json: ", RECORD["trg_kps"]
+    for x, y in ((500.5, 3), (-1.5, 3), (3, 334), (3, -50), (1e30, 2)):
+        says = rf"{where}source point 2 \(.*2008_002719.jpg of 500x333 px"
+        fails(says, spair_pairs, root(src_kps=[[1, 2], [x, y], [3, 4]]), "test")
+        fails(says, spair_pairs, tmp_path, "trn", "small")
+    fails(rf"{where}target point 3 \(416, 333\)", spair_pairs, root(trg_kps=[*trg[:2], [416, 333]]), "test")
+    for side, box in (("src", [5, 7, 5, 7]), ("trg", [9, 8, 7, 6]), ("trg", [math.nan] * 4)):
+        changed = root(**{f"{side}_bndbox": box})
+        fails(f"{where}the (source|target)'s box.*no extent", spair_pairs, changed, "test")
+    assert len(spair_pairs(str(root(src_kps=[[7, 7]], trg_kps=[[3, 3]])), "test")) == 1  # the box gives d
+    for huge in ({"truncation": math.inf}, {"src_kps": [[10**400, 1]] * 3}):
+        fails(where, spair_pairs, root(**huge), "test")
+
+
 def test_a_label_set_that_was_written_here_reads_back(tmp_path):
     paths = [tmp_path / "in/a-1.png", tmp_path / "in/b.png"]
     for path, size in zip(paths, ((40, 30), (24, 50))):
@@ -150,6 +174,24 @@ def test_a_label_set_that_was_written_here_reads_back(tmp_path):
         for i, index in enumerate(pair[:2]):
             assert keypoints.load(index)[0].tobytes() == images.load(i)[0].tobytes()
         assert keypoints.images.paths[0].parts[-3:] == ("JPEGImages", "sea_lion", "sea_lion_a_1.JPEG")
+
+
+@pytest.mark.parametrize("how", ["link", "copy"])
+def test_turned_photographs_lie_upright_in_a_label_set_where_no_reader_turns_them(tmp_path, how):
+    """Their points were made upright; the others are the original's bytes."""
+    tag, paths = Image.Exif(), [tmp_path / f"in/{k}.jpg" for k in range(2)]
+    tag[0x0112] = 6
+    save_image(paths[1], (24, 50))
+    Image.new("RGB", (30, 40), "red").save(paths[0], exif=tag)
+    images = data.ImageSet(paths, [0, 0], ["cow"])
+    images.upright = True
+    sides = {"0": {"size": [40, 30], "box": [1, 2, 38, 29]}, "1": {"size": [24, 50], "box": [2, 3, 20, 47]}}
+    pair = {"kept": True, "src": 0, "trg": 1, "errors": [0.01], "src_kps": [[38, 4]], "trg_kps": [[12, 7]]}
+    write_label_tree(tmp_path, images, [{"split": "val", "images": sides, "pairs": [pair]}], how)
+    (pair,) = (keypoints := label_pairs(str(tmp_path), "val")).pairs
+    assert keypoints.load(pair.src)[0].size == (40, 30) and keypoints.size(pair.src) == (40, 30)
+    assert keypoints.images.paths[pair.trg].read_bytes() == paths[1].read_bytes()
+    assert Image.open(paths[0]).size == (30, 40)  # the original is as it was
 
 
 # PF-PASCAL
@@ -238,6 +280,52 @@ def test_pfpascal_takes_from_its_mat_files_what_a_test_list_lacks(tmp_path, monk
     fails("2001_0.mat.*pip install scipy", pfpascal_pairs, listed, "trn")
 
 
+@pytest.mark.parametrize("lists", ["pf-pascal", "pf-pascal/PF-dataset-PASCAL"])
+@pytest.mark.parametrize("root", [".", "pf-pascal", "pf-pascal/PF-dataset-PASCAL", None])
+def test_pfpascal_is_read_as_ncnet_has_it(tmp_path, monkeypatch, lists, root):
+    """pf-pascal/PF-dataset-PASCAL/JPEGImages, and image_pairs/{train,val,test}_pairs.csv beside or inside."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COCR_DATA", raising=False)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    pascal_tree(tmp_path / "pf-pascal/PF-dataset-PASCAL", ncnet=True, mats=False)
+    (tmp_path / lists / "image_pairs").mkdir()
+    for path in (tmp_path / "pf-pascal/PF-dataset-PASCAL").glob("*.csv"):
+        path.rename(tmp_path / lists / "image_pairs" / path.name.replace("_pf_pascal", ""))
+    if root == "." and lists == "pf-pascal":
+        root = str(tmp_path)  # as well
+    keypoints = pfpascal_pairs(root, "test")
+    assert len(keypoints) == 20 and len(keypoints.images) == 40
+    assert keypoints.images.load(7)[0].size == keypoints.size(7)
+    weak = benchmarks.pfpascal_train(root)
+    assert len(weak.pairs) == 20 and all(path.is_file() for path in weak.paths)
+    fails("Annotations/aeroplane/2001_1.mat", lambda: pfpascal_pairs(root, "val"))
+
+
+def test_pfpascal_refuses_points_outside_their_images(tmp_path):
+    save_image(tmp_path / "JPEGImages/a.jpg", (40, 30))
+    head = "source_image,target_image,class,XA,YA,XB,YB\n"
+    (tmp_path / "test_pairs.csv").write_text(f"{head}a.jpg,a.jpg,1,40;-1,30;-1,4;5,4;5\n")
+    assert len(pfpascal_pairs(str(tmp_path), "test")) == 1
+    for points, side in (("1;42,1;2,4;5,4;5", "source"), ("1;2,1;2,4;5,4;-3", "target")):
+        (tmp_path / "test_pairs.csv").write_text(f"{head}a.jpg,a.jpg,1,4,5,4,5\na.jpg,a.jpg,1,{points}\n")
+        fails(f"test_pairs.csv line 3: {side} point 2 .*a.jpg of 40x30 px", pfpascal_pairs, tmp_path, "test")
+    (tmp_path / "test_pairs.csv").write_text(head.replace(",", ";") + "a.jpg;a.jpg;1\n")
+    fails("test_pairs.csv: its columns are separated by ';'", pfpascal_pairs, tmp_path, "test")
+
+
+def test_points_of_mirrored_rows_are_checked_as_they_are_written(tmp_path):
+    need_scipy()
+    root = pascal_tree(tmp_path)
+    _, (width, _), points, box = pascal_image(1, 0)
+    for x, fits in ((-1, True), (width, True), (-1.5, False), (width + 0.5, False)):
+        sys.modules["scipy.io"].savemat(root / "Annotations/aeroplane/2001_0.mat",
+                                        {"kps": [*points[:5], [x, 5]], "bbox": [box]})
+        if fits:
+            assert pfpascal_pairs(str(root), "trn").pairs[1].src_kps[-1, 0] == width - x
+        else:
+            fails(r"trn_pairs.csv line 2: source point 4 \(", pfpascal_pairs, root, "trn")
+
+
 def test_pfpascal_names_file_and_line_of_a_broken_row(tmp_path):
     save_image(tmp_path / "JPEGImages/a.jpg", (40, 30))
     for row in ("a.jpg,a.jpg,1,1;2,3;4,5;6,7", "a.jpg,a.jpg,1,,,,", "a.jpg,a.jpg,21,1,2,3,4", "a.jpg"):
@@ -279,6 +367,11 @@ def test_pfwillow_without_a_list_is_rebuilt_from_its_mat_files(tmp_path, inside)
     rebuilt = pfwillow(str(tmp_path))
     assert_same_pairs(rebuilt, pfwillow(str(other)))
     assert rebuilt.pairs[0].src_kps[7].tolist() == pytest.approx([220.82, 108.50], abs=1e-4)
+    (tmp_path / inside / "duck(S)/._Image_4a.mat").write_bytes(b"a hidden file")
+    assert len(pfwillow(str(tmp_path))) == 900
+    save_image(tmp_path / inside / "car(G)/Image_3a.png", (222, 130))  # of which (223.82, 108.5) lies outside
+    fails(r"car\(G\)/Image_0a.mat with Image_3a.mat: target point 8 \(223.82", pfwillow, tmp_path)
+    (tmp_path / inside / "car(G)/Image_3a.png").unlink()
     (tmp_path / inside / "duck(S)/Image_4a.mat").unlink()
     fails(r"duck\(S\): 9 .mat files", pfwillow, tmp_path)
 
@@ -412,19 +505,75 @@ def test_csv_pairs_reads_paths_points_and_classes(tmp_path):
     tag = Image.Exif()
     tag[0x0112] = 6  # lies on its side
     Image.new("RGB", (30, 50)).save(tmp_path / "b.jpg", exif=tag)
-    rows = ["cat,in/a.png,b.jpg,1;2.5,3;4,5;6,7;-8", "", f",b.jpg,{tmp_path}/in/a.png,9,8,7,6"]
+    save_image(tmp_path / "in/a.png", (10, 9))
+    rows = ["cat,in/a.png,b.jpg,1;2.5,3;4,5;6,7;22", "", f",b.jpg,{tmp_path}/in/a.png,9;9,8;1,7;6,6;7"]
     keypoints = csv_pairs(write_pairs(tmp_path, *rows))
     first, second = keypoints.pairs
     assert keypoints.images.paths == [tmp_path / "in/a.png", tmp_path / "b.jpg"] and keypoints.rule == "bbox"
     assert first[:2] == (0, 1) and second[:2] == (1, 0) and keypoints.size(1) == (50, 30)
-    assert first.src_kps.tolist() == [[1, 3], [2.5, 4]] and first.trg_kps.tolist() == [[5, 7], [6, -8]]
-    assert first.src_box == (1, 3, 2.5, 4) and first.trg_box == (5, -8, 6, 7) and first.extent == 15
+    assert first.src_kps.tolist() == [[1, 3], [2.5, 4]] and first.trg_kps.tolist() == [[5, 7], [6, 22]]
+    assert first.src_box == (1, 3, 2.5, 4) and first.trg_box == (5, 7, 6, 22) and first.extent == 15
     assert [p.category for p in keypoints.pairs] == ["cat", "all"]
 
 
+def test_csv_pairs_are_looked_for_beside_the_file_or_in_the_folder_that_is_given(tmp_path):
+    for folder in ("lists", "pictures/in"):
+        save_image(tmp_path / folder / "a.png", (10, 9))
+    listed = write_pairs(tmp_path / "lists", "x,a.png,a.png,1;2,1;2,3;4,3;4")
+    assert csv_pairs(listed).images.paths == [tmp_path / "lists/a.png"]
+    assert csv_pairs(listed, str(tmp_path / "pictures/in")).images.paths == [tmp_path / "pictures/in/a.png"]
+    text = fails("csv line 2: no such image: .*pictures/a.png", csv_pairs, listed, tmp_path / "pictures")
+    assert "--datapath" in text
+    fails("--datapath .*/nowhere: no such folder", csv_pairs, listed, tmp_path / "nowhere")
+
+
+GOOD = "1;2,1;2"
+OUTSIDE = ("1000;2,1;2", "-50;2,1;2", "1;2,1e30;2", "1;10.1,1;2", "1;2,1;-0.6", "1;2,1;9.6")
+POINTS = {
+    "one": ([f"1,1,{GOOD}", f"{GOOD},1,1", "1,1,1,1"], "line 2: (XA|the source's box, 1,1 to 1,1, has no)"),
+    "all equal": (["3;3;3,2;2;2,1;2;3,1;2;3"], "line 2: the source's box, 3,2 to 3,2, has no extent"),
+    "all equal in the target": (["1;2,1;2,3;3,2;2"], "line 2: the target's box, 3,2 to 3,2, has no extent"),
+    "outside": ([f"{xy},{GOOD}" for xy in OUTSIDE], r"line 2: source point [12] \(.*a.png of 10x9"),
+    "outside the target": ([f"{GOOD},{xy}" for xy in OUTSIDE], r"line 2: target point [12] \(.*a.png of"),
+    "too large for a number": ([f"1;1e300,1;2,{GOOD}", f"1;inf,1;2,{GOOD}"], "line 2: .*finite"),
+}
+
+
+@pytest.mark.parametrize("points,says", POINTS.values(), ids=POINTS)
+def test_csv_pairs_refuses_points_that_cannot_be_scored(tmp_path, points, says):
+    save_image(tmp_path / "a.png", (10, 9))
+    csv_pairs(write_pairs(tmp_path, "x,a.png,a.png,-0.5;9.5,-0.5;8.5,1;1,1;2"))  # the edges of 10x9 px
+    for four in points:
+        fails(f"pairs.csv {says}", csv_pairs, write_pairs(tmp_path, f"x,a.png,a.png,{four}"))
+
+
+def test_points_of_ones_own_are_those_of_the_upright_photograph(tmp_path):
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    Image.new("RGB", (30, 50)).save(tmp_path / "a.jpg", exif=tag)
+    csv_pairs(write_pairs(tmp_path, "x,a.jpg,a.jpg,1;49,1;29,1;49,1;29"))
+    fails("line 2: source point 2 .*of 50x30 px", csv_pairs,
+          write_pairs(tmp_path, "x,a.jpg,a.jpg,1;29,1;49,1;49,1;29"))
+
+
+def test_csv_pairs_refuses_a_column_that_is_there_twice_and_other_separators(tmp_path):
+    save_image(tmp_path / "a.png", (10, 9))
+    names, row = "source,target,XA,YA,XB,YB", "a.png,a.png,1;2,1;2,1;2,1;2"
+    for header in (f"{names},XA", f"{names},note,note", f"{names},class,class"):
+        column = header.split(",")[-1]
+        twice = write_pairs(tmp_path, row + ",1;2" * (header.count(",") - 5), header=header)
+        fails(f"pairs.csv: column {column} is there twice", csv_pairs, twice)
+    assert len(csv_pairs(write_pairs(tmp_path, f"{row},,", header=f"{names},,"))) == 1  # a spreadsheet's rest
+    for mark, says in ((";", "';'"), ("\t", r"'\\t'")):
+        other = write_pairs(tmp_path, row.replace(",", mark), header=names.replace(",", mark))
+        fails(f"pairs.csv: its columns are separated by {says}; expected ','", csv_pairs, other)
+
+
 def test_csv_pairs_names_the_file_and_the_line_of_what_is_wrong(tmp_path):
+    for name in "ab":
+        save_image(tmp_path / name, (20, 20))
     for row in ("1;2,3;4,5;6,7", ",,,", "1,2,3,four", "1,nan,3,4", "1,2,3"):
-        fails("pairs.csv line 3: ", csv_pairs, write_pairs(tmp_path, "x,a,b,1,2,3,4", f"x,a,b,{row}"))
+        fails("pairs.csv line 3: ", csv_pairs, write_pairs(tmp_path, "x,a,b,1;2,2;3,3;4,4;5", f"x,a,b,{row}"))
     fails("pairs.csv line 2: ", csv_pairs, write_pairs(tmp_path, "x,,b,1,2,3,4"))
     short = write_pairs(tmp_path, "a,1,2,3", header="source,XA,YA,XB")
     fails("pairs.csv: no column target, YB; expected source,target,XA", csv_pairs, short)
@@ -436,7 +585,7 @@ def test_evaluate_scores_pairs_of_ones_own_and_the_split_that_is_asked_for(tmp_p
     for name, size in (("a", (64, 40)), ("b", (40, 64))):
         save_image(tmp_path / f"{name}.png", size)
     own, loaded, place = "7.5;55.5,4.5;34.5", [], tmp_path / "out.json"  # points: centres of cells
-    pairs = write_pairs(tmp_path, f"x,a.png,a.png,{own},{own}", f"y,a.png,b.png,{own},500;900,500;700")
+    pairs = write_pairs(tmp_path, f"x,a.png,a.png,{own},{own}", f"y,a.png,b.png,{own},0.5;0.5,0.5;1.5")
 
     def run(*args: object) -> None:
         line = [*args, "--json", place, "--baseline", "nn", "--backbone", "random_vit8", "--size", "32"]
@@ -450,9 +599,16 @@ def test_evaluate_scores_pairs_of_ones_own_and_the_split_that_is_asked_for(tmp_p
     for name in ("spair", "labels", "pfpascal"):
         fake = functools.partial(lambda *args: loaded.append(args) or csv_pairs(pairs), name)
         monkeypatch.setitem(benchmarks.DATASETS, name, fake)
+    (tmp_path / "lists").mkdir()
+    pairs.rename(tmp_path / "lists/pairs.csv")
+    run("--pairs", tmp_path / "lists/pairs.csv", "--datapath", tmp_path)
+    assert json.loads(place.read_text()) == report
+    (tmp_path / "lists/pairs.csv").rename(pairs)
     for args in (["spair", "--datapath", "here"], ["pfpascal", "--split", "trn"], ["labels"]):
         run("--dataset", *args)
     assert loaded == [("spair", "here", "test"), ("pfpascal", None, "trn"), ("labels", None, "val")]
-    for args in (["--dataset", "pfwillow", "--split", "trn"], ["--pairs", pairs, "--dataset", "spair"], []):
+    with pytest.raises(ValueError, match="--split trn: PF-WILLOW has a test split only"):
+        run("--dataset", "pfwillow", "--split", "trn")
+    for args in (["--pairs", pairs, "--dataset", "spair"], []):
         with pytest.raises(SystemExit, match="2"):
             run(*args)

@@ -32,6 +32,14 @@ def save_image(path: Path, size: tuple[int, int] = (40, 28), seed: int = 0) -> P
     return path
 
 
+def photograph(path: Path, size: tuple[int, int], tag: int) -> Path:
+    """A picture whose camera's orientation tag is set; 6: it was held a quarter turn to the side."""
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    Image.open(save_image(path, size)).save(path, exif=exif)
+    return path
+
+
 def truncate(path: Path) -> Path:
     """Cut a file in half, as a broken download leaves it."""
     content = path.read_bytes()
@@ -101,11 +109,54 @@ def test_open_image_turns_gray_and_palette_files_into_rgb(tmp_path):
 
 
 def test_a_photograph_is_turned_upright_only_on_request(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held a quarter turn to the side
-    Image.new("RGB", (30, 20)).save(tmp_path / "photo.jpg", exif=exif)
+    photograph(tmp_path / "photo.jpg", (30, 20), 6)
     assert data.open_image(tmp_path / "photo.jpg").size == (30, 20)
     assert data.open_image(tmp_path / "photo.jpg", upright=True).size == (20, 30)
+
+
+@pytest.mark.parametrize("tag", range(1, 9))
+def test_the_header_tells_the_size_of_an_upright_photograph(tmp_path, tag):
+    photograph(tmp_path / "photo.jpg", (30, 20), tag)
+    for upright in (False, True):
+        assert data.image_size(tmp_path / "photo.jpg", upright) == data.open_image(
+            tmp_path / "photo.jpg", upright).size
+    images = ImageSet([tmp_path / "photo.jpg"], [0], ["a"])
+    assert images.as_stored(0) and images.size(0) == (30, 20)  # a benchmark's
+    images.upright = True
+    assert images.as_stored(0) == (tag == 1) and images.size(0) == images.load(0)[0].size
+    truncate(tmp_path / "photo.jpg").write_bytes(b"\xff\xd8 no more")
+    with pytest.raises(ValueError, match="photo.jpg"):
+        images.size(0)
+
+
+def test_a_photograph_of_sixteen_bits_is_turned_too(tmp_path):
+    tag = Image.Exif()
+    tag[0x0112] = 8
+    Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100).save(tmp_path / "a.png", exif=tag)
+    assert data.open_image(tmp_path / "a.png", upright=True).size == (20, 30)
+
+
+# (W, H) of an image and of a map: what covers the whole of the image, and what cannot.
+FITTING = [((120, 90), (120, 90)), ((120, 90), (64, 64)), ((120, 90), (128, 128)), ((120, 90), (8, 6)),
+           ((500, 333), (36, 24)), ((500, 333), (35, 23)), ((500, 333), (512, 352)), ((97, 31), (4, 1)),
+           ((100, 99), (8, 7)), ((100, 99), (7, 7)), ((333, 500), (2, 3)), ((20, 16), (2, 1))]
+UNFITTING = [((120, 90), (90, 120)), ((120, 90), (6, 8)), ((100, 97), (97, 100)), ((120, 90), (120, 60)),
+             ((120, 90), (160, 90)), ((90, 90), (120, 90)), ((333, 500), (3, 2)), ((1920, 1080), (32, 24))]
+
+
+@pytest.mark.parametrize("image,size,fits", [(*sizes, True) for sizes in FITTING]
+                         + [(*sizes, False) for sizes in UNFITTING])
+def test_a_map_is_square_or_has_the_orientation_and_aspect_of_its_image(tmp_path, image, size, fits):
+    Image.new("RGB", image).save(tmp_path / "a.png")
+    Image.new("L", size).save(tmp_path / "a_sal.png")
+    if fits:
+        assert data.open_with_map(tmp_path / "a.png", tmp_path / "a_sal.png")[1].size == size
+        return
+    with pytest.raises(ValueError) as found:
+        data.open_with_map(tmp_path / "a.png", tmp_path / "a_sal.png")
+    names = "a_sal.png of {}x{} px", "a.png of {}x{} px upright"
+    assert all(name.format(*sides) in str(found.value) for name, sides in zip(names, (size, image)))
+    assert "\n" not in str(found.value)
 
 
 def test_open_saliency_rescales_to_its_own_minimum_and_maximum(tmp_path):
@@ -207,6 +258,60 @@ def test_class_folders_names_a_root_that_is_missing_or_holds_no_classes(tmp_path
     for root in (tmp_path / "nowhere", tmp_path / "lonely" / "single", tmp_path / "lonely", None):
         with pytest.raises(ValueError, match=f"--root {root}"):
             data.class_folders(root and str(root))
+
+
+def test_hidden_folders_and_files_are_none(tmp_path, capsys):
+    for name in ("a/1.png", "a/2.png", "a/._1.png", ".ipynb_checkpoints/1.png", ".ipynb_checkpoints/2.png"):
+        save_image(tmp_path / name)
+    (tmp_path / "a/._2.png").write_bytes(b"\0\5\x16\7 no picture")
+    for folder in ("__MACOSX", "a/__MACOSX"):
+        (tmp_path / folder).mkdir()
+        for k in range(3):
+            (tmp_path / folder / f"._{k}.jpg").write_bytes(b"\0\5\x16\7 no picture")
+    images = data.class_folders(str(tmp_path))
+    assert images.classes == ["a"] and [path.name for path in images.paths] == ["1.png", "2.png"]
+    assert images.empty == [] and capsys.readouterr().err == ""
+    (tmp_path / "a").rename(tmp_path / ".a")
+    with pytest.raises(ValueError, match="expected a folder of class folders"):
+        data.class_folders(str(tmp_path))
+
+
+def test_pictures_that_are_not_read_are_counted_by_their_ending(tmp_path, capsys):
+    for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.jpg"):
+        save_image(tmp_path / name)
+    for name in ("a/3.tif", "a/4.TIF", "a/5.gif", "b/6.heic", "b/7.tif", "b/notes.txt", "b/.8.tif"):
+        (tmp_path / name).write_bytes(b"content")
+    assert len(data.class_folders(str(tmp_path))) == 4
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("5 pictures of endings that are not read skipped (3 .tif, 1 .gif, 1 .heic): ")
+    assert line.endswith("one of .bmp .jpeg .jpg .png .webp")
+
+
+def test_a_photograph_and_its_map_are_upright_in_class_folders_and_as_stored_in_benchmarks(tmp_path):
+    """A 120x90 JPEG with orientation 6 and a map by a tool that turns, 90x120, or does not."""
+    path = photograph(tmp_path / "a/1.jpg", (120, 90), 6)
+    photograph(tmp_path / "a/2.jpg", (120, 90), 6)
+    bright = np.zeros((90, 120), np.uint8)
+    bright[:30] = 255  # the stored top is the right side of what is seen
+    (tmp_path / "maps/a").mkdir(parents=True)
+    Image.fromarray(np.rot90(bright, 3)).save(tmp_path / "maps/a/1_sal.png")
+    Image.fromarray(bright).save(tmp_path / "maps/a/2_sal.png")
+    images = data.class_folders(str(tmp_path), str(tmp_path / "maps"))
+    image, saliency = images.load(0)
+    assert image.size == saliency.size == images.size(0) == (90, 120)
+    assert image.tobytes() == data.open_image(path).transpose(Image.Transpose.ROTATE_270).tobytes()
+    assert np.asarray(saliency)[:, 60:].min() == 1 and np.asarray(saliency)[:, :60].max() == 0
+    with pytest.raises(ValueError, match="2_sal.png of 120x90 px .*a/2.jpg of 90x120 px upright"):
+        images.load(1)
+    item = TrainPairs(images, 16, 8, augment=False, seed=0)
+    with pytest.raises(ValueError, match="no class has two images.*2_sal.png of 120x90 px"):
+        item[0, 0, 1, 0]
+    stored = ImageSet(images.paths, [0, 0], ["a"], str(tmp_path / "maps"))
+    assert [side.size for side in stored.load(1)] == [(120, 90)] * 2
+    with pytest.raises(ValueError, match="1_sal.png of 90x120 px .*a/1.jpg of 120x90 px:"):
+        stored.load(0)
+    photograph(tmp_path / "maps/a/2_sal.png", (120, 90), 6)  # as many tools do: turned by its own tag
+    assert images.load(1)[1].size == (90, 120)
 
 
 def test_saliency_maps_are_found_by_class_and_image_name(folders):
@@ -364,7 +469,7 @@ def test_views_without_augmentation_are_whole_images_in_every_epoch(folders):
     images = data.class_folders(str(folders))
     pairs = TrainPairs(images, 32, 8, augment=False, seed=0)
     for epoch in (0, 5):
-        item = pairs[epoch, 6, 8]
+        item = pairs[epoch, 2, 6, 8]
         for side, index in (("src", 6), ("trg", 8)):
             whole, _ = prepare(data.open_image(images.paths[index]), None, 32, 8)
             assert torch.equal(item[f"{side}_img"], whole)
@@ -375,15 +480,25 @@ def test_views_without_augmentation_are_whole_images_in_every_epoch(folders):
 def test_augmented_views_follow_from_key_and_seed_alone(folders):
     images = data.class_folders(str(folders))
     pairs = TrainPairs(images, 32, 8, augment=True, seed=4)
-    first = pairs[3, 0, 1]
-    pairs[0, 2, 4], pairs[3, 6, 7]  # other work in between changes nothing
-    again = pairs[3, 0, 1]
+    first = pairs[3, 0, 0, 1]
+    pairs[0, 1, 2, 4], pairs[3, 2, 6, 7]  # other work in between changes nothing
+    again = pairs[3, 0, 0, 1]
     assert torch.equal(first["src_img"], again["src_img"]) and torch.equal(first["trg_img"], again["trg_img"])
-    fresh = TrainPairs(images, 32, 8, augment=True, seed=4)[3, 0, 1]
+    fresh = TrainPairs(images, 32, 8, augment=True, seed=4)[3, 0, 0, 1]
     assert torch.equal(first["src_img"], fresh["src_img"])
-    for other in (pairs[4, 0, 1], TrainPairs(images, 32, 8, augment=True, seed=5)[3, 0, 1]):
+    for other in (pairs[4, 0, 0, 1], TrainPairs(images, 32, 8, augment=True, seed=5)[3, 0, 0, 1]):
         assert not torch.equal(first["src_img"], other["src_img"])
         assert not torch.equal(first["trg_img"], other["trg_img"])
+
+
+def test_an_image_of_two_couples_of_an_epoch_is_cropped_differently_in_each(folders):
+    """Weak pairs of a benchmark: an image stands in many, and used to keep one crop and mirror."""
+    pairs = TrainPairs(data.class_folders(str(folders)), 32, 8, augment=True, seed=4)
+    views = [pairs[3, place, 0, other]["src_img"] for place, other in enumerate((1, 2, 3, 4))]
+    views += [pairs[3, place, other, 0]["trg_img"] for place, other in ((4, 1), (5, 2))]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(views, 2))
+    again = pairs[3, 1, 0, 2]["src_img"]
+    assert torch.equal(again, views[1])
 
 
 def test_augmentation_crops_and_mirrors_each_image_on_its_own(tmp_path):
@@ -396,7 +511,7 @@ def test_augmentation_crops_and_mirrors_each_image_on_its_own(tmp_path):
     pairs = TrainPairs(data.class_folders(str(tmp_path)), 64, 8, augment=True, seed=0)
     mirrored, areas, twins = [], [], 0
     for epoch in range(60):
-        item = pairs[epoch, 0, 1]
+        item = pairs[epoch, 0, 0, 1]
         for key in ("src_img", "trg_img"):
             red, green = (item[key][c] * STD[c] + MEAN[c] for c in (0, 1))
             across, down = float(red[32, -2] - red[32, 1]), float(green[-2, 32] - green[1, 32])
@@ -413,28 +528,68 @@ def test_an_unreadable_image_is_named_and_the_next_of_its_class_taken(folders):
     for number, replacement in ((1, 2), (4, 0)):  # after the last, the first
         bad = folders / "a" / f"{number}.png"
         truncate(bad)
-        item = pairs[0, images.paths.index(bad), 3]
+        item = pairs[0, 0, images.paths.index(bad), 3]
         expected, _ = prepare(data.open_image(images.paths[replacement]), None, 32, 8)
         assert torch.equal(item["src_img"], expected) and item["label"] == 0
         assert str(bad) in item["skipped"] and len(item["skipped"].splitlines()) == 1
-    assert pairs[0, 2, 3]["skipped"] == ""
+    assert pairs[0, 0, 2, 3]["skipped"] == ""
 
 
 def test_several_unreadable_images_in_a_row_are_all_named(folders):
     images = data.class_folders(str(folders))
     bad = [truncate(folders / "b" / f"{k}.png") for k in (5, 7)]
     pairs = TrainPairs(images, 32, 8, augment=False, seed=0)
-    item = pairs[0, 5, 6]
-    assert torch.equal(item["src_img"], pairs[0, 8, 6]["src_img"])  # 6 is the partner, 7 is damaged too
+    item = pairs[0, 0, 5, 6]
+    assert torch.equal(item["src_img"], pairs[0, 0, 8, 6]["src_img"])  # 6 is the partner, 7 is damaged too
     assert [str(path) in line for path, line in zip(bad, item["skipped"].splitlines())] == [True] * 2
 
 
-def test_a_class_without_a_readable_image_is_named_with_the_reason(folders):
+@pytest.fixture
+def thinned(tmp_path):
+    """Classes a, b and c of six images each, as decoded by brightness; b has a single one to be read."""
+    for k in range(18):
+        path = tmp_path / "abc"[k // 6] / f"{k}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 30), (10 * k,) * 3).save(path)
+        if k // 6 == 1 and k != 9:
+            truncate(path)
+    return data.class_folders(str(tmp_path))
+
+
+def shown(item: dict) -> list[int]:
+    """Which of `thinned`'s images both ends of an item are."""
+    return [round(float(item[f"{side}_img"][0, 4, 4] * STD[0] + MEAN[0]) * 25.5) for side in ("src", "trg")]
+
+
+@pytest.mark.parametrize("src,trg", [(6, 7), (9, 7), (7, 9), (10, 11)])
+def test_a_class_of_one_readable_image_is_left_out_and_named_and_another_takes_its_place(thinned, src, trg):
+    pairs, found = TrainPairs(thinned, 16, 8, augment=True, seed=0), set()
+    for place in range(12):
+        item = pairs[1, place, src, trg]
+        *files, last = item["skipped"].splitlines()
+        assert last == "class b: fewer than two readable images; left out"
+        assert all("cannot read image" in line and "/b/" in line for line in files)
+        assert item["label"] == 2 and len(set(shown(item))) == 2 and set(shown(item)) <= set(range(12, 18))
+        found |= set(shown(item))
+        assert torch.equal(item["src_img"], pairs[1, place, src, trg]["src_img"])
+    assert len(found) > 3  # not the same two each time
+
+
+def test_both_ends_are_never_the_same_image(thinned):
+    """Two of the class can be read: whatever stands in for the others, they are the two ends."""
+    save_image(thinned.paths[6], (40, 30))
+    Image.new("RGB", (40, 30), (60,) * 3).save(thinned.paths[6])
+    pairs = TrainPairs(thinned, 16, 8, augment=False, seed=0)
+    for src, trg in itertools.permutations(range(6, 12), 2):
+        assert sorted(shown(pairs[0, 0, src, trg])) == [6, 9]
+
+
+def test_where_no_class_has_two_readable_images_the_first_reason_is_named(folders):
     images = data.class_folders(str(folders))
-    for k in (5, 6, 7, 8):
-        truncate(folders / "b" / f"{k}.png")
-    with pytest.raises(ValueError, match="class b.*8.png"):
-        TrainPairs(images, 32, 8, augment=False, seed=0)[0, 8, 5]
+    for k in (0, 1, 2, 3, 5, 6, 7, 8):
+        truncate(folders / "ab"[k // 5] / f"{k}.png")
+    with pytest.raises(ValueError, match="no class has two images that can be read; the first: .*b/8.png"):
+        TrainPairs(images, 32, 8, augment=False, seed=0)[0, 0, 8, 5]
 
 
 def test_a_readable_image_costs_no_search_for_substitutes(folders, monkeypatch):
@@ -442,7 +597,7 @@ def test_a_readable_image_costs_no_search_for_substitutes(folders, monkeypatch):
     images = data.class_folders(str(folders))
     searched = []
     monkeypatch.setattr(images, "substitutes", lambda index: searched.append(index) or [])
-    TrainPairs(images, 32, 8, augment=False, seed=0)[0, 0, 1]
+    TrainPairs(images, 32, 8, augment=False, seed=0)[0, 0, 0, 1]
     assert searched == []
 
 
@@ -450,11 +605,12 @@ def test_a_readable_image_costs_no_search_for_substitutes(folders, monkeypatch):
 # Order of work
 
 
-def literal_stream(images: ImageSet, batch: int, seed: int, epochs: int) -> list[list[tuple[int, int, int]]]:
-    """All micro-batches of the first epochs: an epoch's pairs cut into whole batches, the rest dropped."""
+def literal_stream(images: ImageSet, batch: int, seed: int, epochs: int) -> list[list[tuple[int, ...]]]:
+    """All micro-batches of the first epochs: an epoch's pairs, numbered and cut into whole batches, the rest
+    dropped."""
     batches = []
     for epoch in range(epochs):
-        keys = [(epoch, s, t) for s, t in images.epoch_pairs(seed, epoch)]
+        keys = [(epoch, place, s, t) for place, (s, t) in enumerate(images.epoch_pairs(seed, epoch))]
         while len(keys) >= batch:
             batches.append(keys[:batch])
             keys = keys[batch:]
@@ -588,6 +744,18 @@ GOOD = willow_row(f"{CAR}/1.png", f"{CAR}/2.png", 0)
 def test_pfwillow_names_file_and_line_of_a_broken_row(tmp_path, broken):
     with pytest.raises(ValueError, match=r"test_pairs.csv line 3\b"):
         pfwillow(write_willow(tmp_path, [GOOD, broken, GOOD]))
+
+
+def test_pfwillow_refuses_points_outside_their_images_and_all_equal(tmp_path):
+    for name, size in (("1.png", (10, 39)), ("2.png", (68, 91))):
+        save_image(tmp_path / "car(G)" / name, size)
+    assert len(pfwillow(write_willow(tmp_path, [GOOD]))) == 1  # up to (9, 38) and (67, 90)
+    equal = [*GOOD[:2], *[5] * 20, *GOOD[22:]]
+    with pytest.raises(ValueError, match="test_pairs.csv line 3: the source's box, 5,5 to 5,5, has no"):
+        pfwillow(write_willow(tmp_path, [GOOD, equal]))
+    save_image(tmp_path / "car(G)" / "2.png", (66, 91))
+    with pytest.raises(ValueError, match=r"pairs.csv line 2: target point 10 \(67, 45\).*2.png of 66x91"):
+        pfwillow(write_willow(tmp_path, [GOOD]))
 
 
 def test_pfwillow_names_a_folder_without_its_list_and_a_list_without_pairs(tmp_path):

@@ -68,7 +68,7 @@ def tarred(member: str, body: bytes = b"picture") -> bytes:
     return content.getvalue()
 
 
-LIST = b"imageA,imageB" + b",x" * 40 + b"\nP/car(G)/1.png,P/car(G)/2.png" + b",5" * 40 + b"\n"
+LIST = b"imageA,imageB" + b",x" * 40 + b"\nP/car(G)/1.png,P/car(G)/2.png" + b",5,6" * 20 + b"\n"
 WILLOW = zipped("PF-dataset/car(G)/1.png", "PF-dataset/car(G)/2.png", "__MACOSX/PF-dataset/junk")
 SPAIR_TAR = tarred("SPair-71k/JPEGImages/cow/1.jpg")
 
