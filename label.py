@@ -8,7 +8,7 @@
 The steps are the calls of `main`:
 
 1. Classes            those that a file names are left out
-2. Single instances   one confident box an image, by a detector (--detector)
+2. Single instances   one confident box per image, by a detector (--detector)
 3. Closed loops       every foreground cell travels s -> m -> t -> s; how far from its start it ends is the
                       loop's error
 4. Images             the most consistent share of every class
@@ -25,7 +25,6 @@ goes on where it stopped.
 import argparse
 import dataclasses
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -39,12 +38,13 @@ from modules import Features, Pairs, cells_to_xy, kernel_soft_argmax, pair_nms, 
 from support import shards
 from support.benchmarks import training_set
 from support.detector import Boxes, Singles, detect
+from support.files import reason_of
 from support.label_report import report
-from support.label_tree import write_label_tree
-from support.options import add_options, check_ranges
-from support.run import find_device
+from support.label_tree import check_places, write_label_tree
+from support.options import AT_LEAST_1, SEEDS, SHARE, add_options, check_ranges
+from support.run import command, find_device
 from support.shapes import Shapes
-from support.shards import ImageGroups, Members, Records, run_shards, say
+from support.shards import ImageGroups, Members, Records, interruptible, run_shards, say
 from train import Cascade, load_cascade
 
 # Nobody sets these, and the paper does not give them.
@@ -52,13 +52,18 @@ CAP = 0.1  # a loop's error counts at most this share of the box: a lost loop is
 FEWEST = 8  # matches a pair needs; the paper's pairs have 32 each
 VAL = 0.05  # share of the kept images that makes the val split: the loaders of label sets want one
 
+RANGES = {  # of other numbers: not negative
+    "loops": (2, 10**6), "keep": SHARE, "pairs": (1, 1000), "points": (FEWEST, 40), "draw": (0, 500),
+    "seed": SEEDS, "batch": AT_LEAST_1,
+}
+
 
 @dataclass
 class LabelConfig:
     """A labelling run."""
 
     # group: data
-    checkpoint: str = "runs/quick/last.pt"  # written by train.py
+    checkpoint: str = "runs/quick/last.pt"  # checkpoint written by train.py
     weights: str | None = None  # backbone weights file, where the checkpoint's own path is gone
     dataset: Literal["shapes", "folder"] = "shapes"  # folder: ROOT/<class>/*.jpg, which --root alone means
     root: str | None = None  # folder of class folders
@@ -339,14 +344,34 @@ def choose_classes(images: data.ImageSet, path: str | None) -> Members:
     if path:
         try:
             names = {line.strip() for line in Path(path).read_text("utf-8-sig").splitlines() if line.strip()}
-        except OSError as error:
-            raise ValueError(f"cannot read class names from {path}: {error.strerror}") from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot read class names from {path}: {reason_of(error)}") from None
     if unknown := sorted(names - set(images.classes)):
         known = ", ".join(images.classes[:5])
         raise ValueError(f"{path}: no class is named {unknown[0]!r}; there are {known}, ...")
     if names == set(images.classes):
         raise ValueError(f"--drop-classes {path}: no class remains")
     return {k: some for k, some in enumerate(images.members()) if images.classes[k] not in names}
+
+
+def share_of(share: float, count: int) -> int:
+    """A share of a count, rounded down; 0.29 of 100 is 29."""
+    return int(share * count + 1e-9)
+
+
+def check_sizes(cfg: LabelConfig, kept: dict[str, int]) -> None:
+    """Name the classes that keep less than the three images a loop needs: before the work starts, as far as
+    their sizes tell, and when images have been chosen.
+
+    kept: images, by class. ValueError, with the numbers, if the rest is too little for trn and val.
+    """
+    if sum(count // 3 for count in kept.values()) < 2:
+        raise ValueError(f"--keep {cfg.keep}: trn and val each need three kept images of one class, and no"
+                         f" class keeps more than {max(kept.values())}; keep more, or give more images")
+    if small := [f"{name} ({count})" for name, count in kept.items() if count < 3]:
+        most = math.ceil(3 / cfg.keep - 1e-9)
+        say(f"classes that keep fewer than three images give nothing, and --keep {cfg.keep} keeps three of"
+            f" {most}: {', '.join(small)}", error=True)
 
 
 class Measured(NamedTuple):
@@ -391,11 +416,6 @@ def measure_loops(cfg: LabelConfig, cascade: Cascade, images: data.ImageSet, sin
     return Measured(errors, loops, empty, skipped, volumes)
 
 
-def share_of(share: float, count: int) -> int:
-    """A share of a count, rounded down; 0.29 of 100 is 29."""
-    return int(share * count + 1e-9)
-
-
 def select_images(errors: dict[int, float], labels: list[int], keep: float) -> Members:
     """Step 4: the images to keep, the most consistent share of every class, the best first."""
     by_class: Members = {}
@@ -423,25 +443,21 @@ def split_images(kept: Members, share: float, seed: int) -> dict[str, Members]:
 
 def kept_groups(cfg: LabelConfig, kept: Members, classes: list[str]) -> list[tuple]:
     """Cliques of kept images to pair: (split, class, images)."""
-    for k, some in kept.items():
-        if len(some) < 3:
-            say(f"class {classes[k]}: {len(some)} images kept, a loop needs 3; left out")
+    check_sizes(cfg, {classes[k]: len(some) for k, some in kept.items()})
     groups = []
     for split, by_class in split_images(kept, VAL, cfg.seed).items():
         for k, some in by_class.items():
             cut = split_cliques(some, cfg.pair_clique_size)
             groups += [(split, k, group) for group in cut if len(group) >= 3]
-    if not groups:
-        raise ValueError(f"--keep {cfg.keep} leaves no class three images; keep more")
     return groups
 
 
 def dropped_groups(cfg: LabelConfig, errors: dict[int, float], kept: Members, members: Members,
                    known: bool) -> list[tuple]:
-    """Cliques of dropped images, to look at their pairs: all where the true matches are known, to judge them;
-    six images a class where pictures are wanted."""
+    """Cliques of dropped images, where pictures of their pairs are wanted: of six images a class, or of all
+    where the true matches are known, to judge them."""
     groups = []
-    for k, some in members.items() if known or cfg.draw else ():
+    for k, some in members.items() if cfg.draw else ():
         rest = [i for i in some if i in errors and i not in kept[k]]
         cut = split_cliques(rest, cfg.pair_clique_size) if known else [rest[:6]]
         groups += [("dropped", k, group) for group in cut if len(group) >= 3]
@@ -470,14 +486,32 @@ def pair_groups(cfg: LabelConfig, cascade: Cascade, images: data.ImageSet, boxes
     return run_shards(cfg, step, "pairs", CliqueSet(images, cliques, cascade), costs, settings, make)
 
 
+def fill_splits(pairs: Records) -> Records:
+    """No split is empty, since loaders divide by their lengths: where all pairs fell to one, the clique with
+    the fewest makes val and the others trn. No image comes to be in both: cliques share none.
+
+    ValueError, with the numbers, if fewer than two cliques have pairs.
+    """
+    counts = [(sum(pair["kept"] for pair in record["pairs"]), number, record["split"])
+              for number, record in enumerate(pairs)]
+    some = sorted(count for count in counts if count[0])
+    if len({split for *_, split in some}) == 2:
+        return pairs
+    if len(some) < 2:
+        found = f"{sum(n for n, *_ in some)} pairs have {FEWEST} matches, in {len(some)} of {len(counts)}"
+        raise ValueError(f"{found} cliques of images, and trn and val need a clique each; give a larger"
+                         " --size, train for longer, or raise --keep")
+    say(f"all pairs were {some[0][2]}: val has the {some[0][0]} of the clique with the fewest")
+    splits = {number: "trn" if k else "val" for k, (_, number, _) in enumerate(some)}
+    return dataclasses.replace(pairs, splits=splits)
+
+
 def pair_images(cfg: LabelConfig, cascade: Cascade, images: data.ImageSet, singles: Singles,
                 measured: Measured, kept: Members, settings: dict) -> tuple[Records, Records]:
     """Step 5: pairs of the kept images of a class; and, only to be looked at, of dropped ones."""
-    settings = settings | {name: getattr(cfg, name) for name in ("keep", "pairs", "points")}
+    settings = settings | {f"--{name}": getattr(cfg, name) for name in ("keep", "pairs", "points")}
     groups = kept_groups(cfg, kept, images.classes)
-    pairs = pair_groups(cfg, cascade, images, singles.boxes, "pairs", groups, settings)
-    if not any(pair["kept"] for record in pairs for pair in record["pairs"]):
-        raise ValueError(f"no pair has {FEWEST} matches; give a larger --size, or train for longer")
+    pairs = fill_splits(pair_groups(cfg, cascade, images, singles.boxes, "pairs", groups, settings))
     groups = dropped_groups(cfg, measured.errors, kept, singles.members, isinstance(images, Shapes))
     return pairs, pair_groups(cfg, cascade, images, singles.boxes, "dropped", groups, settings)
 
@@ -498,9 +532,7 @@ def parse_config(argv: list[str] | None) -> LabelConfig:
         raise ValueError("give --checkpoint FILE, written by train.py for such images")
     if cfg.dataset == "shapes" and cfg.saliency not in ("auto", "attention", "none"):
         raise ValueError(f"--saliency {cfg.saliency}: shapes have silhouettes; auto, attention or none")
-    check_ranges(cfg, {"loops": (2, 10**6), "keep": (0, 1), "pairs": (1, 1000), "points": (FEWEST, 40)})
-    check_ranges(cfg, {"batch": (1, math.inf), "draw": (0, 500)})
-    check_ranges(cfg, dict.fromkeys(("size", "seed", "workers"), (0, math.inf)))
+    check_ranges(cfg, RANGES)
     if bad := set("[]*?") & set(str(Path(cfg.out).resolve())):
         raise ValueError(f"--out {cfg.out}: the loaders of label sets glob, so no {min(bad)} may be in it")
     return cfg
@@ -520,13 +552,14 @@ def load(cfg: LabelConfig) -> tuple[Cascade, data.ImageSet]:
 
 
 def settings_of(cfg: LabelConfig, images: data.ImageSet, singles: Singles) -> dict:
-    """What the shards of steps 3 and 5 depend on."""
-    names = shards.digest_names(images, singles.members)
-    boxes = shards.digest(sorted(singles.boxes.items()))
-    saliency = str(Path(images.saliency).resolve()) if images.saliency else cfg.saliency
-    checkpoint = shards.digest(Path(cfg.checkpoint).read_bytes())
-    return {"file names": names, "boxes": boxes, "saliency": saliency, "checkpoint": checkpoint,
-            "size": cfg.size, "loops": cfg.loops, "seed": cfg.seed}
+    """What the shards of steps 3 and 5 depend on, beside the images: options, and digests of the rest."""
+    return {
+        "--dataset": cfg.dataset,
+        "--saliency": "maps" if images.saliency else cfg.saliency,
+        "checkpoint (--checkpoint)": shards.digest(Path(cfg.checkpoint).read_bytes()),
+        "choice of single instances (--detector)": shards.digest(sorted(singles.boxes.items())),
+        **{f"--{name}": getattr(cfg, name) for name in ("size", "loops", "seed")},
+    }
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -535,12 +568,14 @@ def main(argv: list[str] | None = None) -> dict:
     Writes OUT/SC-ImageNet, names.json, summary.json and pictures. Returns the summary, in the first process.
     """
     cfg = parse_config(argv)
+    check_places(Path(cfg.out))
     cascade, images = load(cfg)
     cfg = dataclasses.replace(cfg, size=cascade.cfg.size)
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     rank = shards.connect()
 
     members = choose_classes(images, cfg.drop_classes)
+    check_sizes(cfg, {images.classes[k]: share_of(cfg.keep, len(some)) for k, some in members.items()})
     singles = detect(cfg, images, members) if cfg.detector else Singles(members, {}, {})
     settings = settings_of(cfg, images, singles)
     measured = measure_loops(cfg, cascade, images, singles, settings)
@@ -555,9 +590,5 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    try:
+    with command(), interruptible():
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on where it was")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import data
 from support.files import read_weights
 from support.run import find_device
-from support.shards import ImageGroups, Members, digest, digest_names, run_shards, say
+from support.shards import ImageGroups, Members, digest, run_shards, say
 
 Boxes = dict[int, list[int]]  # {image: [xmin, ymin, xmax, ymax]} in whole pixels
 
@@ -72,9 +72,8 @@ def detect(cfg, images: data.ImageSet, members: Members) -> Singles:
     """
     device = find_device(cfg.device)
     detector = load_detector(cfg.detector_weights, device)
-    settings = {"file names": digest_names(images, members)}
-    if cfg.detector_weights:
-        settings["detector"] = digest(Path(cfg.detector_weights).read_bytes())
+    weights = cfg.detector_weights and digest(Path(cfg.detector_weights).read_bytes())
+    settings = {"detector (--detector-weights)": weights}
 
     @torch.no_grad()
     def make(number: int, item: dict) -> dict:

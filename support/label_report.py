@@ -127,7 +127,7 @@ def draw_pages(out: Path, images: data.ImageSet, pairs: Records, dropped: Record
         path.unlink(missing_ok=True)
         if some:
             chosen = (records.read(shard)["pairs"][place] for _, shard, place in some)
-            picture_page([draw_pair(images, pair) for pair in chosen]).save(path, quality=85)
+            write_whole(path, picture_page([draw_pair(images, pair) for pair in chosen]))
 
 
 def draw_errors(images: data.ImageSet, errors: dict[int, float], kept: Members) -> Image.Image:
@@ -161,8 +161,6 @@ def print_summary(summary: dict, out: str) -> None:
     for kind, (share, count) in summary.get("precision", {}).items():
         print(f"right within a tenth of the box, {kind}: {share} % of {count:,} matches")
     trn, val = summary["pairs"].values()
-    if not val:
-        print("val has no pairs, and the loaders want some: keep more images, see --keep", file=sys.stderr)
     points = summary["points"] / pairs
     print(f"{out}/SC-ImageNet: {trn:,} trn and {val:,} val pairs, {points:.1f} points a pair")
 
@@ -175,6 +173,6 @@ def report(cfg, images: data.ImageSet, members: Members, singles, measured,
     write_whole(out / "summary.json", json.dumps(summary, indent=1))
     if cfg.draw:
         draw_pages(out, images, pairs, dropped, cfg.draw)
-        draw_errors(images, measured.errors, kept).save(out / "drawn" / "errors.png")
+        write_whole(out / "drawn" / "errors.png", draw_errors(images, measured.errors, kept))
     print_summary(summary, cfg.out)
     return summary

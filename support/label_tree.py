@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -10,7 +11,9 @@ from pathlib import Path
 from data import ImageSet
 from support.benchmarks import CODES
 from support.files import write_whole
-from support.shapes import Shapes
+
+# Every tree holds it, from the first moment on: only what has it is ever replaced or deleted.
+MARK, MARK_TEXT = "made_by_label.txt", "label.py made this folder, and replaces it with the next label set.\n"
 
 
 def plain_names(names: list[str]) -> list[str]:
@@ -59,8 +62,9 @@ def annotation(
 
 
 def place_image(images: ImageSet, index: int, path: Path, how: str) -> None:
-    """Link or copy an image into the tree; drawn ones are saved. The original is never touched."""
-    if isinstance(images, Shapes):
+    """Link or copy an image into the tree; drawn ones, and photographs that are turned upright by their
+    camera's tag, which no reader of the tree heeds, are saved. The original is never touched."""
+    if not images.as_stored(index):
         images.load(index)[0].save(path, "JPEG", quality=95)
     elif how == "copy":
         shutil.copyfile(images.paths[index], path)
@@ -72,6 +76,8 @@ def fill_tree(root: Path, images: ImageSet, records: Iterable[dict], how: str) -
     """Write images, annotations and layouts of the kept pairs into a new root; the origin of every image."""
     names, placed = image_names(images), {}
     lines: dict[str, list[str]] = {"trn": [], "val": []}
+    root.mkdir()
+    (root / MARK).write_text(MARK_TEXT)
     for folder in ("PairAnnotation/trn", "PairAnnotation/val", "JPEGImages", "Layout/large"):
         (root / folder).mkdir(parents=True)
     kept = ((record, pair) for record in records for pair in record["pairs"] if pair["kept"])
@@ -93,29 +99,54 @@ def fill_tree(root: Path, images: ImageSet, records: Iterable[dict], how: str) -
     return {placed[i]: str(images.paths[i]) for i in sorted(placed)}
 
 
+def check_places(out: Path) -> list[Path]:
+    """What unfinished runs left of their trees; ValueError where label.py would replace or delete something
+    that it did not make, such as the authors' own download."""
+    unfinished = sorted(out.glob("SC-ImageNet*.tmp"))
+    trees = (*(out / name for name in ("SC-ImageNet", "SC-ImageNet.old", "SC-IMAGENET")), *unfinished)
+    known = (trees[0] / MARK).is_file() or any(out.glob("work/*/settings.json"))
+    for place in (*trees, *(out / name for name in ("names.json", "summary.json", "drawn"))):
+        made = known
+        if place in trees:
+            made = place.is_dir() and ((place / MARK).is_file() or not any(place.iterdir()))
+        if os.readlink(place) != "SC-ImageNet" if place.is_symlink() else place.exists() and not made:
+            raise ValueError(f"{place} was not made by this label.py; give another --out, or move it away")
+    return unfinished
+
+
+def remove_tree(root: Path) -> None:
+    """Delete a tree, its mark last: what a kill leaves of it is still known as ours."""
+    for part in root.iterdir() if root.exists() else ():
+        if part.name != MARK:
+            shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(root, ignore_errors=True)
+
+
 def write_label_tree(out: Path, images: ImageSet, records: Iterable[dict], how: str) -> None:
     """Write OUT/SC-ImageNet (and its second name SC-IMAGENET, which DHPF wants) from the records of pair
     shards.
 
     how: "link" or "copy" images. Written under a temporary name and put in place as a whole; OSError leaves
-    an earlier tree as it was.
+    an earlier tree as it was. ValueError if what is there now is not ours.
     """
-    final, temporary, old = (out / f"SC-ImageNet{suffix}" for suffix in ("", ".tmp", ".old"))
-    shutil.rmtree(temporary, ignore_errors=True)
+    final, old, temporary = (out / f"SC-ImageNet{end}" for end in ("", ".old", f".{os.getpid()}.tmp"))
+    for left in check_places(out):
+        remove_tree(left)
     try:
         origin = fill_tree(temporary, images, records, how)
         write_whole(out / "names.json", json.dumps(origin, indent=0))
         if final.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            remove_tree(old)
             final.rename(old)
         temporary.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
+        remove_tree(old)
         if not (out / "SC-IMAGENET").exists():
             with contextlib.suppress(OSError):  # without links on the file system a reader renames the folder
                 (out / "SC-IMAGENET").symlink_to("SC-ImageNet")
     except OSError as error:
-        if old.exists() and not final.exists():
-            old.rename(final)
-        shutil.rmtree(temporary, ignore_errors=True)
         rest = "the shards are kept, the same command goes on"
         raise OSError(f"cannot write the label set: {error}; {rest}") from None
+    finally:  # also where a signal stops it
+        if old.exists() and not final.exists():
+            old.rename(final)
+        remove_tree(temporary)

@@ -1,8 +1,12 @@
 """Closed loops, selection and the pieces of label.py; the tree it writes is read in test_label_tree.py."""
 
+import dataclasses
 import json
 import math
+import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +17,10 @@ import data
 import label
 from label import Clique, LabelConfig, clique_maps, closed_loops, image_errors, loop_errors, pair_matches
 from modules import Features, cells_to_xy, kernel_soft_argmax, read_at, select_pairs
-from support import detector, label_report
+from support import detector, label_report, shapes
 from support.pictures import draw_pair
 from support.shapes import Shapes, corresponding_points, draw_shape
+from support.shards import ImageGroups, Records, run_shards, shard_path, write_record
 from train import Cascade, Config, build_optimizer, save
 
 CFG = Config(backbone="random_vit8", volume_window=2, ffn_ratio=0.25, saliency_threshold=0.5)
@@ -279,15 +284,18 @@ def test_a_detector_keeps_single_instances_and_its_box_bounds_the_points(tmp_pat
         draw_shape("fish", k, 64)["image"].resize(size).save(path)
     checkpoint = small_checkpoint(tmp_path)
     monkeypatch.setattr(detector, "load_detector", lambda weights, device: OneOrTwoObjects())
-    for name, value in (("CAP", 9.0), ("FEWEST", 1), ("VAL", 0.0)):
+    for name, value in (("CAP", 9.0), ("FEWEST", 1)):
         monkeypatch.setattr(label, name, value)
     flags = f"--checkpoint {checkpoint} --root {tmp_path}/root --out {tmp_path}/out --loops 2 --keep 1"
     summary = label.main([*flags.split(), "--detector", "--device", "cpu"])
     funnel = {"seen": 8, "unreadable": 0, "without_a_single_object": 2, "without_foreground": 0}
-    assert summary["images"] == funnel | {"measured": 6, "alone": 0, "kept": 6, "used": 6}
+    used = summary["images"].pop("used")
+    assert summary["images"] == funnel | {"measured": 6, "alone": 0, "kept": 6} and used <= 6
     assert summary["box"] == "detector"
-    files = list((tmp_path / "out/SC-ImageNet/PairAnnotation/trn").iterdir())
-    assert len(files) == summary["pairs"]["trn"] > 0
+    files = list((tmp_path / "out/SC-ImageNet/PairAnnotation").glob("*/*.json"))
+    assert len(files) == sum(summary["pairs"].values()) and min(summary["pairs"].values()) > 0
+    ends = {json.loads(file.read_text())[f"{side}_imname"] for file in files for side in ("src", "trg")}
+    assert len(ends) == used
     for file in files:
         pair = json.loads(file.read_text())
         assert pair["src_bndbox"] == pair["trg_bndbox"] == [4, 6, 40, 45]
@@ -384,12 +392,199 @@ def test_shards_of_other_images_are_refused_after_a_repair(tmp_path, monkeypatch
     flags = f"--checkpoint {checkpoint} --root {root} --out {out} --loops 2 --keep 1 --device cpu".split()
     assert label.main(flags)["images"]["unreadable"] == 1
     (root / "fish/4.png").write_bytes(whole)
-    assert label.main(flags)["images"]["unreadable"] == 1  # the shard stands; a line says how to remake it
-    for shard in (tmp_path / "out/work/loops").iterdir():
-        shard.unlink()
-    refusal = r"work/pairs was made with groups \w+, not \w+; give another --out, or delete"
-    with pytest.raises(ValueError, match=refusal):
-        label.main(flags)
+    for step, what in (("loops", r"1 rewritten \(fish/4.png\)"), ("pairs", r"3 new \(fish/2.png\)")):
+        refusal = rf"work/{step} was made from other photographs: {what}; give another --out, or delete"
+        with pytest.raises(ValueError, match=refusal):
+            label.main(flags)
+        shutil.rmtree(out / "work" / step)
+    assert label.main(flags)["images"]["unreadable"] == 0
+
+
+class Sides(ImageGroups):
+    """Items of shards for the tests: the sides of a group's images."""
+
+    def __getitem__(self, number: int) -> list:
+        return [i for i, *_ in self.read(number)[0]]
+
+
+def make_shards(base: Path, settings: dict, groups: list | None = None) -> list[dict]:
+    """Shards of the images below base/root with their maps in base/maps; returns their records."""
+    paths = sorted((base / "root" / "fish").iterdir())
+    (maps,) = {"maps", "other"} & {path.name for path in base.iterdir()}
+    images = data.ImageSet(paths, [0] * len(paths), ["fish"], str(base / maps))
+    groups = groups or [list(range(len(paths)))]
+    cfg = SimpleNamespace(out=str(base / "out"), workers=0)
+    costs, made = [1] * len(groups), lambda number, item: {"index": item}
+    return list(run_shards(cfg, "loops", "loops", Sides(images, groups), costs, settings, made))
+
+
+def write_images(base: Path, count: int = 4) -> None:
+    for folder, end in (("root", ""), ("maps", "_sal")):
+        (base / folder / "fish").mkdir(parents=True)
+        for k in range(count):
+            Image.new("RGB", (4, 4)).save(base / folder / "fish" / f"{k}{end}.png")
+
+
+CHANGES = {
+    "nothing": (lambda base: None, {}, ""),
+    "a moved folder of maps": (lambda base: (base / "maps").rename(base / "other"), {}, ""),
+    "an option": (lambda base: None, {"--loops": 8}, "with --loops 6, not --loops 8;"),
+    "a checkpoint": (lambda base: None, {"checkpoint (--checkpoint)": "b"},
+                     "with another checkpoint (--checkpoint);"),
+    "the same size": (lambda base: os.utime(base / "root/fish/2.png", ns=(1, 1)), {},
+                      "from other photographs: 1 rewritten (fish/2.png);"),
+    "the same time": (lambda base: rewrite(base / "root/fish/2.png"), {},
+                      "from other photographs: 1 rewritten (fish/2.png);"),
+    "a name": (lambda base: (base / "root/fish/2.png").rename(base / "root/fish/9.png"), {},
+               "from other photographs: 1 new (fish/9.png), 1 gone (fish/2.png);"),
+    "a map": (lambda base: rewrite(base / "maps/fish/3_sal.png"), {},
+              "from other saliency maps: 1 rewritten (fish/3.png);"),
+    "no map": (lambda base: (base / "maps/fish/3_sal.png").unlink(), {},
+               "from other saliency maps: 1 rewritten (fish/3.png);"),
+    "no settings": (lambda base: (base / "out/work/loops/settings.json").unlink(), {},
+                    "its settings.json is missing;"),
+}
+
+
+def rewrite(path: Path) -> None:
+    """Other bytes, the time of modification as it was."""
+    state = path.stat()
+    path.write_bytes(path.read_bytes() + b"more")
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_shards_of_other_files_or_options_are_refused_in_the_users_words(tmp_path, case):
+    change, options, words = CHANGES[case]
+    settings = {"--loops": 6, "checkpoint (--checkpoint)": "a"}
+    write_images(tmp_path)
+    before = make_shards(tmp_path, settings)
+    shard = shard_path(tmp_path / "out", "loops", 0)
+    written = shard.stat().st_mtime_ns
+    change(tmp_path)
+    if not words:
+        assert make_shards(tmp_path, settings) == before and shard.stat().st_mtime_ns == written
+        return
+    with pytest.raises(ValueError) as error:
+        make_shards(tmp_path, settings | options)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert f"give another --out, or delete {shard.parent} to make it anew" in str(error.value)
+    shutil.rmtree(shard.parent)
+    make_shards(tmp_path, settings | options)
+
+
+def test_other_groups_of_the_same_images_are_refused(tmp_path):
+    write_images(tmp_path)
+    make_shards(tmp_path, {}, [[0, 1], [2, 3]])
+    with pytest.raises(ValueError, match="work/loops was made from other groups of these images; give"):
+        make_shards(tmp_path, {}, [[0, 2], [1, 3]])
+
+
+FILES = {
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "empty": lambda path: path.write_bytes(b""),
+    "bytes": lambda path: path.write_bytes(bytes(range(256))),
+    "a list": lambda path: path.write_text("[1, 2]"),
+    "nested": lambda path: path.write_text("[" * 100_000),
+    "no digest": lambda path: path.write_text(json.dumps({"record": {"index": [0, 1, 2, 3]}})),
+    "an earlier version": lambda path: path.write_text('{"errors": {}, "empty": [], "skipped": []}'),
+    "one changed value": lambda path: path.write_text(path.read_text().replace("3", "4", 1)),
+    "of another place": lambda path: write_record(path.with_name("000009.json"), {"index": [0, 1, 2, 3]})
+    or path.with_name("000009.json").replace(path),
+}
+
+
+@pytest.mark.parametrize("name", ["000000.json", "settings.json"])
+@pytest.mark.parametrize("damage", FILES)
+def test_damaged_files_of_the_work_are_named_in_one_line(tmp_path, damage, name):
+    write_images(tmp_path)
+    before = make_shards(tmp_path, {"--loops": 3})
+    path = tmp_path / "out" / "work" / "loops" / name
+    FILES[damage](path)
+    with pytest.raises(ValueError, match="is damaged, or another version of label.py wrote it") as error:
+        make_shards(tmp_path, {"--loops": 3})
+    to_delete = path if name == "000000.json" else path.parent
+    assert str(error.value).startswith(f"{path} is damaged") and "\n" not in str(error.value)
+    assert f"delete {to_delete}, and the same command makes it anew" in str(error.value)
+    shutil.rmtree(to_delete) if to_delete.is_dir() else to_delete.unlink()
+    assert make_shards(tmp_path, {"--loops": 3}) == before
+
+
+def test_classes_that_are_too_small_are_named_before_the_work_starts(capsys):
+    kept = {"fish": label.share_of(0.3, 10), "bird": label.share_of(0.3, 9), "duck": label.share_of(0.3, 19)}
+    label.check_sizes(LabelConfig(), kept | {"dog": 0})
+    printed, line = capsys.readouterr()
+    says = "classes that keep fewer than three images give nothing, and --keep 0.3 keeps three of 10: "
+    assert (printed, line) == ("", f"{says}bird (2), dog (0)\n")
+    for keep, count in ((0.3, 10), (0.29, 11), (0.1, 30), (0.6, 5), (0.7, 5), (1.0, 3)):
+        label.check_sizes(LabelConfig(keep=keep), {"fish": 9, "dog": label.share_of(keep, count - 1)})
+        assert f"--keep {keep} keeps three of {count}: dog (2)" in capsys.readouterr().err
+        label.check_sizes(LabelConfig(keep=keep), {"fish": 9, "dog": label.share_of(keep, count)})
+        assert capsys.readouterr().err == ""
+    for few in ({"fish": 5}, {"fish": 3, "bird": 2}, {"fish": 0}):
+        says = f"--keep 0.3: trn and val each need .* no class keeps more than {max(few.values())}; keep more"
+        with pytest.raises(ValueError, match=says):
+            label.check_sizes(LabelConfig(), few)
+    label.check_sizes(LabelConfig(), {"fish": 6})
+    groups = label.kept_groups(LabelConfig(), {0: [*range(6)]}, ["fish"])
+    assert [(split, len(some)) for split, _, some in groups] == [("trn", 3), ("val", 3)]
+    assert len(label.kept_groups(LabelConfig(), {0: [1, 2, 3], 1: [4, 5, 6]}, ["a", "b"])) == 2
+
+
+def pair_records(out: Path, *groups: tuple[str, int]) -> Records:
+    """Shards of groups (split, number of kept pairs)."""
+    for number, (split, count) in enumerate(groups):
+        path = shard_path(out, "pairs", number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_record(path, {"split": split, "pairs": [{"kept": True}] * count + [{"kept": False}]})
+    return Records(str(out), "pairs", len(groups), {})
+
+
+@pytest.mark.parametrize("groups, splits", [
+    ([("trn", 4), ("val", 2), ("trn", 3)], ["trn", "val", "trn"]),  # as they were
+    ([("trn", 4), ("trn", 2), ("trn", 3)], ["trn", "val", "trn"]),
+    ([("trn", 4), ("val", 0), ("trn", 3)], ["trn", "val", "val"]),
+    ([("trn", 0), ("val", 5), ("val", 3), ("val", 3)], ["trn", "trn", "val", "trn"]),
+])  # fmt: skip
+def test_no_split_is_empty_while_two_cliques_have_pairs(tmp_path, groups, splits):
+    records = label.fill_splits(pair_records(tmp_path, *groups))
+    assert [record["split"] for record in records] == splits
+    assert [records.read(k)["split"] for k in range(len(groups))] == splits
+    assert [sum(pair["kept"] for pair in record["pairs"]) for record in records] == [n for _, n in groups]
+
+
+def test_pairs_of_a_single_clique_are_refused_with_the_numbers(tmp_path):
+    for count, cliques in ((5, 1), (0, 0)):
+        says = f"{count} pairs have 8 matches, in {cliques} of 2 cliques of images, and trn and val need a c"
+        with pytest.raises(ValueError, match=says):
+            label.fill_splits(pair_records(tmp_path, ("trn", count), ("val", 0)))
+
+
+def test_pairs_of_dropped_shapes_are_looked_at_for_pictures_only_and_change_no_label(tmp_path, monkeypatch):
+    monkeypatch.setitem(shapes.SHAPE_SPLITS, "train", (0, 10))
+    for name, value in (("CAP", 9.0), ("FEWEST", 1)):
+        monkeypatch.setattr(label, name, value)
+    flags = ["--checkpoint", small_checkpoint(tmp_path), "--loops", "2", "--device", "cpu", "--points", "8"]
+    plain, drawn = (label.main([*flags, "--out", str(tmp_path / name), "--draw", count])
+                    for name, count in (("plain", "0"), ("drawn", "1")))
+    assert not (tmp_path / "plain/work/dropped").exists() and (tmp_path / "drawn/work/dropped").exists()
+    assert "dropped images" in drawn["precision"] and "dropped images" not in plain.pop("precision")
+    trees = [{path.relative_to(root): path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
+             for root in (tmp_path / name / "SC-ImageNet" for name in ("plain", "drawn"))]
+    assert trees[0] == trees[1] and len(trees[0]) > 30 and min(plain["pairs"].values()) > 0
+    assert all(drawn[name] == plain[name] for name in plain if name != "config")
+
+
+def test_every_numeric_option_has_a_range_and_the_message_names_it():
+    numeric = [field.name for field in dataclasses.fields(LabelConfig) if field.type in (int, float)]
+    assert {"size", "loops", "keep", "pairs", "points", "draw", "seed", "batch", "workers"} == set(numeric)
+    for name in numeric:
+        for value in ("-1", str(2**70)) if name not in ("size", "batch", "workers") else ("-1",):
+            with pytest.raises(ValueError, match=f"^--{name} "):
+                label.parse_config([f"--{name}", value])
+    for flags in ("--keep 30", "--keep nan", "--keep 1.01", "--loops 1", "--points 7", "--batch 0"):
+        with pytest.raises(ValueError, match=f"^{flags.split()[0]} "):
+            label.parse_config(flags.split())
 
 
 def test_a_root_alone_means_class_folders_and_wants_a_checkpoint():

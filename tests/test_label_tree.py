@@ -8,6 +8,7 @@ import os
 import random
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import pytest
 from PIL import Image
 from test_train import ROOT, SMALL
 
+from support import label_tree
 from support.shapes import draw_shape
 
 FLAGS = "--dataset folder --keep 0.8 --loops 6 --pairs 2 --batch 4 --size 64".split()
@@ -62,7 +64,7 @@ def check_tree(out: Path, most: int = 32) -> dict:
     root, seen, numbers, images = out / "SC-ImageNet", set(), set(), {"trn": set(), "val": set()}
     counts: dict = {"points": 0}
     assert (out / "SC-IMAGENET").samefile(root)
-    for folder, names in ((".", "JPEGImages Layout PairAnnotation"), ("Layout", "large"),
+    for folder, names in ((".", "JPEGImages Layout PairAnnotation made_by_label.txt"), ("Layout", "large"),
                           ("PairAnnotation", "trn val"), ("Layout/large", "trn.txt val.txt")):
         assert sorted(os.listdir(root / folder)) == names.split()
     for split, used in images.items():
@@ -260,6 +262,8 @@ def test_a_damaged_image_and_a_class_of_two_are_named_and_left_out(made):
     assert summary["images"]["measured"] == len(PLAIN) * len(FILES) - 2
     assert not {str(made.cut), str(made.empty)} & set(names.values())
     assert not any("/two/" in path for path in names.values()) and "class two: 2 " in made.copied.stdout
+    small = "classes that keep fewer than three images give nothing, and --keep 1.0 keeps three of 3: two (2)"
+    assert small in made.copied.stderr.splitlines()
     assert any(f"cannot read image {made.cut}" in text for text in summary["unreadable"])
     assert str(made.cut) in made.copied.stderr and str(made.empty) in made.copied.stderr
 
@@ -301,6 +305,41 @@ def test_killed_after_the_first_shard_and_resumed_equals_uninterrupted(made, tmp
     assert_same_labels(out, made)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_by_a_signal_ends_with_its_code_and_keeps_its_work(made, tmp_path, label_here, number):
+    """A terminal, or the manager of a job, sends it to the whole group of processes."""
+    out = tmp_path / "out"
+    command = [sys.executable, *map(str, (made.label, *made.flags, "--workers", 1, "--out", out))]
+    process = subprocess.Popen(command, cwd=ROOT, env=ONE_THREAD, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, start_new_session=True)
+    while not (out / "work" / "loops" / "000000.json").exists():
+        assert process.poll() is None
+        time.sleep(0.0005)
+    os.killpg(process.pid, number)
+    _, complaint = process.communicate(timeout=60)
+    assert (process.returncode, complaint) == (
+        128 + number, "stopped; the same command goes on where it was\n")
+    assert not (out / "names.json").exists() and not list((out / "work").rglob("*.tmp"))
+    kept = {path: path.stat().st_mtime_ns for path in (out / "work" / "loops").iterdir()}
+    assert label_here(*made.flags, "--out", out) is None
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    assert_same_labels(out, made)
+
+
+def test_a_signal_while_the_tree_is_written_keeps_the_earlier_one(made, tmp_path, monkeypatch, label_here):
+    shutil.copytree(made.link, tmp_path / "out", symlinks=True)
+    before, real = snapshot(tmp_path / "out"), Path.rename
+
+    def stop(path: Path, target: Path) -> None:
+        real(path, target)
+        if path.name == "SC-ImageNet":  # the earlier tree has just been put aside
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Path, "rename", stop)
+    assert label_here(*made.flags, "--out", tmp_path / "out") == 143
+    assert snapshot(tmp_path / "out") == before and not list(tmp_path.glob("out/SC-ImageNet.*"))
+
+
 def test_two_processes_write_the_tree_of_one(made, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
     run(*launcher, made.label, *made.flags, "--out", tmp_path / "out")
@@ -314,6 +353,92 @@ def test_what_a_killed_merge_left_does_not_stop_the_next(made, tmp_path, label_h
     shutil.copytree(made.link / "SC-ImageNet", tmp_path / "out" / left, symlinks=True)
     assert label_here(*made.flags, "--out", tmp_path / "out") is None
     assert_same_labels(tmp_path / "out", made)
+
+
+PLACES = ["SC-ImageNet", "SC-ImageNet.tmp", "SC-ImageNet.4711.tmp", "SC-ImageNet.old", "SC-IMAGENET"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_tree_that_label_did_not_make_is_left_alone(made, tmp_path, label_here, capfd, place, kind):
+    """Such as the authors' own download: refused before the work starts."""
+    theirs, place = tmp_path / "theirs", tmp_path / "out" / place
+    (theirs / "PairAnnotation").mkdir(parents=True)
+    (theirs / "PairAnnotation" / "1.json").write_text("{}")
+    place.parent.mkdir()
+    make = {"folder": lambda: theirs.rename(place), "file": lambda: place.write_text("an archive"),
+            "link": lambda: place.symlink_to(theirs)}  # fmt: skip
+    make[kind]()
+    before = snapshot(tmp_path)
+    end = label_here(*made.flags, "--out", place.parent)
+    assert end == f"error: {place} was not made by this label.py; give another --out, or move it away"
+    assert snapshot(tmp_path) == before and os.listdir(place.parent) == [place.name]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["names.json", "summary.json", "drawn/best.jpg"])
+def test_files_of_others_in_out_are_left_alone(made, tmp_path, label_here, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    end = label_here(*made.flags, "--out", tmp_path, "--draw", "2")
+    assert f"{tmp_path / name.split('/')[0]} was not made by this label.py" in end
+    assert snapshot(tmp_path) == {name: b"mine"}
+
+
+def test_an_empty_folder_is_taken_and_what_a_kill_leaves_of_a_tree_is_known(tmp_path, made, monkeypatch):
+    (tmp_path / "SC-ImageNet").mkdir()
+    assert label_tree.check_places(tmp_path) == []
+    shutil.copytree(made.link / "SC-ImageNet", tmp_path / "SC-ImageNet.7.tmp", symlinks=True)
+    real, left = shutil.rmtree, []
+
+    def killed(path: Path, **options) -> None:
+        real(path, **options)
+        left.append(sorted(os.listdir(tmp_path / "SC-ImageNet.7.tmp")))
+        if len(left) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        label_tree.remove_tree(tmp_path / "SC-ImageNet.7.tmp")
+    assert left[-1] == ["made_by_label.txt"]
+    assert label_tree.check_places(tmp_path) == [tmp_path / "SC-ImageNet.7.tmp"]
+
+
+def test_pictures_are_made_later_into_the_same_out_and_whole(made, tmp_path, label_here, monkeypatch):
+    """Pairs of dropped images are for pictures only; a full disk leaves no half of one."""
+    out, real = tmp_path / "out", io.open
+    shutil.copytree(made.link, out, symlinks=True)
+    flags = [*made.flags, "--out", out, "--draw", "2"]
+    assert not (out / "work" / "dropped").exists() and not (out / "drawn").exists()
+
+    def full(file, mode="r", *rest, **options):
+        if "r" not in mode and Path(file).name.startswith(("best", "errors")):
+            real(file, mode, *rest, **options).write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        return real(file, mode, *rest, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("io.open", full)
+        patched.setattr("builtins.open", full)
+        end = label_here(*flags)
+    assert end.startswith(f"error: cannot write {out / 'drawn' / 'best.jpg'}: No space left on device")
+    assert list((out / "drawn").iterdir()) == []
+    assert label_here(*flags) is None
+    assert {"best.jpg", "worst.jpg", "typical.jpg", "errors.png"} <= set(os.listdir(out / "drawn"))
+    shutil.rmtree(out / "drawn")
+    (out / "summary.json").write_text((made.link / "summary.json").read_text())
+    assert_same_labels(out, made)
+
+
+def test_three_kept_images_of_a_class_give_val_its_pairs(made, tmp_path, label_here, capfd):
+    """No class is large enough to be split: the clique with the fewest pairs is val."""
+    assert label_here(*made.flags, "--keep", "0.4", "--out", tmp_path / "out") is None
+    assert "all pairs were trn: val has the" in capfd.readouterr().out
+    counts = check_tree(tmp_path / "out")
+    assert counts["trn"] > 0 and 1 <= counts["val"] <= 3
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["pairs"] == {split: counts[split] for split in ("trn", "val")}
+    assert sum(row["val"] > 0 for row in summary["classes"].values()) == 1
 
 
 @pytest.mark.parametrize("earlier", [False, True])
@@ -347,15 +472,24 @@ def test_the_command_ends_with_code_1_and_a_single_line_on_stderr(made, tmp_path
 @pytest.mark.parametrize("flags, words", [
     ("--checkpoint DIR/file", "DIR/file"),
     ("--drop-classes DIR/file", "DIR/file: no class is named 'unicorn'"),
-    ("--drop-classes DIR/absent", "DIR/absent"), ("--root DIR", "--root DIR"), ("--out DIR/file", "DIR/file"),
+    ("--drop-classes DIR/absent", "DIR/absent: no such file"), ("--root DIR", "--root DIR"),
+    ("--drop-classes DIR", "cannot read class names from DIR: "), ("--out DIR/file", "DIR/file"),
+    ("--drop-classes DIR/binary", "cannot read class names from DIR/binary: "),
     ("--saliency DIR/absent", "--saliency DIR/absent"),
-    ("--keep 0.5", "work/pairs was made with keep 0.8, not 0.5"),
-    ("--out DIR/new --keep 0.01", "--keep 0.01"), ("--out DIR/new --points 41", "--points 41"),
+    ("--keep 0.5", "work/pairs was made with --keep 0.8, not --keep 0.5; give another --out, or delete"),
+    ("--loops 12", "work/loops was made with --loops 6, not --loops 12; give"),
+    ("--saliency none", "work/loops was made with --saliency maps, not --saliency none; give"),
+    ("--drop-classes DIR/drop", "work/loops was made from other photographs: 9 gone (plain/"),
+    ("--out DIR/new --keep 0.3", "--keep 0.3: trn and val each need three kept images of one class, and no"
+     " class keeps more than 2; keep more, or give more images"),
+    ("--out DIR/new --keep 0", "--keep 0.0: "), ("--out DIR/new --points 41", "--points 41"),
     ("--out DIR/new --batch 0", "--batch 0"), ("--out DIR/a[b]", "DIR/a[b]"),
 ])
 def test_refused_in_one_line_that_names_the_file_or_the_value(made, tmp_path, label_here, capfd, flags,
                                                               words):
     (tmp_path / "file").write_text("plain\nunicorn\n")
+    (tmp_path / "drop").write_text("plain\n")
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
     before = snapshot(made.link)
     end = label_here(*made.flags, "--out", made.link, *flags.replace("DIR", str(tmp_path)).split())
     assert end.startswith("error: ") and words.replace("DIR", str(tmp_path)) in end
