@@ -34,7 +34,7 @@ from support.download import download
 from support.files import read_state, write_whole
 from support.pictures import draw_results
 from support.presets import PRESETS
-from support.run import find_device, processes
+from support.run import command, find_device, processes
 from train import FROZEN, STAGES, Cascade, Config, load_cascade
 
 ALPHAS = (0.05, 0.10, 0.15)
@@ -205,13 +205,16 @@ def print_scores(table: dict, method: str, keypoints: data.KeypointSet, alphas: 
 # Command line. What experiments/peers.py shares is a function of its own.
 
 
-def shared_options(text: str) -> argparse.ArgumentParser:
+def shared_options(text: str, prog: str | None = None) -> argparse.ArgumentParser:
     """Options for pairs, matcher and PCK."""
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, what = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--dataset", choices=DATASETS)
-    what.add_argument("--pairs", metavar="FILE", help="CSV of your own: source,target,XA,YA,XB,YB[,class]")
-    add("--datapath", help="folder of the data set or one that holds it (default: ., datasets/, $COCR_DATA)")
+    what.add_argument("--pairs", metavar="FILE", help="CSV of your own: source,target,XA,YA,XB,YB[,class];"
+                                                      " images are beside it or in --datapath")
+    add("--datapath", help="folder of the data set or one that holds it (default: ., datasets/, $COCR_DATA);"
+        " of --pairs: of its images (default: that of FILE)")
     add("--split", help="trn, val or test (default; labels: val); shapes: train, val, test")
     add("--download", action="store_true", help="fetch the data set first, into --datapath or datasets/")
     add("--checkpoint", help="written by train.py; default: the frozen backbone by its reading best")
@@ -220,7 +223,7 @@ def shared_options(text: str) -> argparse.ArgumentParser:
     add("--baseline", nargs="*", choices=FROZEN, help="readings of the frozen backbone; none named: all")
     add("--backbone", help="without a checkpoint (default ibot_vitb16, on shapes random_vit8)")
     add("--weights", help="backbone weights file instead of a download")
-    add("--layer", help="backbone block that is read, or several joined by commas")
+    add("--layer", help="backbone block that is read, or several: 9,10 or --layer=-2,-1")
     add("--size", type=int, help="input side in pixels; default: the checkpoint's, or 512 (shapes: 128)")
     add("--alpha", type=float, nargs="+", help="default 0.05 0.10 0.15, on SPair-71k 0.01 0.05 0.10")
     add("--thres", choices=("auto", "img", "bbox"), default="auto", help="d; auto: the benchmark's own")
@@ -233,15 +236,17 @@ def read_options(parser: argparse.ArgumentParser, argv: list[str] | None) -> arg
     """The options, checked; `alphas` and `rule` (None: the benchmark's own) mean --alpha and --thres."""
     args = parser.parse_args(argv)
     if args.stage and not args.checkpoint:
-        parser.error("--stage needs --checkpoint")
-    if min(args.alpha or [0]) < 0:
-        parser.error("--alpha must be at least 0")
+        raise ValueError("--stage needs --checkpoint")
+    if wrong := [alpha for alpha in args.alpha or [] if not 0 <= alpha <= 1]:
+        raise ValueError(f"--alpha {wrong[0]:g}: a share of d from 0 to 1, such as 0.10")
+    if args.size is not None and args.size < 1:
+        raise ValueError(f"--size {args.size}: at least 1")
     place = args.json and Path(args.json)
     if place and (place.is_dir() or not place.resolve().parent.is_dir()):
-        parser.error(f"cannot write {place}: {'a folder' if place.is_dir() else 'no such folder'}")
+        raise ValueError(f"cannot write {place}: {'a folder' if place.is_dir() else 'no such folder'}")
     args.split = args.split or ("val" if args.dataset == "labels" else "test")
     if args.dataset == "pfwillow" and args.split != "test":
-        parser.error(f"--split {args.split}: PF-WILLOW has a test split only")
+        raise ValueError(f"--split {args.split}: PF-WILLOW has a test split only")
     args.alphas = tuple(args.alpha or ((0.01, 0.05, 0.10) if "spair" in (args.dataset or "") else ALPHAS))
     args.rule = None if args.thres == "auto" else args.thres
     return args
@@ -253,7 +258,9 @@ def load_pairs(args: argparse.Namespace) -> data.KeypointSet:
         raise ValueError("--download: fetch the data set with one process first")
     if args.download:
         download((args.dataset or "--pairs").removesuffix("-small"), args.datapath)
-    return csv_pairs(args.pairs) if args.pairs else DATASETS[args.dataset](args.datapath, args.split)
+    if args.pairs:
+        return csv_pairs(args.pairs, args.datapath)
+    return DATASETS[args.dataset](args.datapath, args.split)
 
 
 def load_methods(args: argparse.Namespace) -> tuple[Cascade | Dense, list[str]]:
@@ -294,18 +301,18 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", default="matches", help="folder for --visualize: a sheet a class and the PCK curve")
     args = read_options(parser, argv)
     if args.visualize < 0:
-        parser.error("--visualize must be at least 0")
+        raise ValueError(f"--visualize {args.visualize}: not negative")
     if args.checkpoint and read_state(args.checkpoint)["program"] == "experiments.finetune":
         line = f"python -m experiments.peers {shlex.join(sys.argv[1:] if argv is None else argv)}"
         raise ValueError(f"{args.checkpoint} holds CATs, which is scored with its peers: {line}")
+    keypoints = load_pairs(args)
+    matcher, methods = load_methods(args)
     folder = Path(args.out)
     if args.visualize:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--out {folder}: cannot make this folder: {error.strerror}") from None
-    keypoints = load_pairs(args)
-    matcher, methods = load_methods(args)
     found = predict_shared(matcher, keypoints, methods)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -324,7 +331,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with command():
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")

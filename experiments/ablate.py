@@ -1,28 +1,28 @@
 """Tables 4 and 5 of the paper: what the cascade loses without each of its parts.
 
-    python -m experiments.ablate                                                      # on the built-in shapes
-    python -m experiments.ablate --preset photos --root DIR --val pfwillow --out runs/ablations
+    python -m experiments.ablate --out runs/ablation                                  # on the built-in shapes
+    python -m experiments.ablate --preset photos --root DIR --val pfwillow --out runs/ablation
 
 The options are train.py's and describe the full cascade. Every row is trained on the same couples and crops,
 in a folder of its own under --out, and measured on --val; a view passes the frozen backbone once for all rows
-of its size, and its features stay in memory. What an earlier, stopped call finished is not trained again.
+of its size, as far as its features fit in memory (4 GiB, experiments/cache.py). What an earlier, stopped call
+finished is not trained again.
 """
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 from torch import Tensor
 
 from evaluate import ALPHAS
-from experiments.cache import remembered
+from experiments.cache import Known, remembered
 from image_stage import REGION
 from modules import Features
 from support.backbone import BACKBONES
 from support.benchmarks import keypoint_set
 from support.files import read_checkpoint
-from support.run import processes
+from support.run import command, processes
 from train import Cascade, Config, parse_config, train
 
 # What changes against the full cascade, and where its row is read. Without saliency every cell is foreground.
@@ -46,7 +46,7 @@ ABLATIONS = {
 class CachedCascade(Cascade):
     """A cascade whose frozen features are remembered from one row of the tables to the next."""
 
-    def __init__(self, cfg: Config, known: dict[bytes, Features]) -> None:
+    def __init__(self, cfg: Config, known: Known) -> None:
         super().__init__(cfg)
         self.known = known
 
@@ -63,9 +63,9 @@ def measured(run: Config) -> dict | None:
         return None
     try:
         record = json.loads(log.read_text().splitlines()[-1])
-    except (IndexError, ValueError):  # a kill may leave the file empty or its last line cut short
+        return record if "pck" in record and record["step"] == run.steps else None
+    except (IndexError, ValueError, KeyError, TypeError):  # a kill may cut the file short
         return None
-    return record if "pck" in record and record["step"] == run.steps else None
 
 
 def row_config(cfg: Config, number: int, changes: dict) -> Config:
@@ -81,8 +81,6 @@ def ablate(cfg: Config) -> None:
 
     Raises ValueError in one line where a row could not be trained or measured.
     """
-    if cfg.backbone not in BACKBONES:
-        raise ValueError(f"--backbone {cfg.backbone}: {', '.join(BACKBONES)}")
     if keypoint_set(cfg, "test") is None:
         raise ValueError("every row is measured on --val: name one")
     if cfg.only or cfg.checkpoint or cfg.stages < 3 or processes()[1] > 1:
@@ -90,7 +88,7 @@ def ablate(cfg: Config) -> None:
     smallest = 2 * REGION * BACKBONES[cfg.backbone].patch
     if cfg.size < smallest:
         raise ValueError(f"--size {cfg.size}: a row trains at half of it, and a region needs {smallest}")
-    known, found = {}, {}
+    known, found = Known(), {}
     for number, (name, (changes, _)) in enumerate(ABLATIONS.items()):
         if name != "full" and not changes:
             continue
@@ -98,11 +96,12 @@ def ablate(cfg: Config) -> None:
         found[name] = measured(row)
         print(f"---- {name}{', finished before' * bool(found[name])}")
         if not found[name]:
-            train(row, build=lambda row: CachedCascade(row, known))
+            try:
+                train(row, build=lambda row: CachedCascade(row, known))
+            except SystemExit:  # Ctrl-C
+                print("the rows before it are kept: the same command goes on with this one")
+                raise
             found[name] = measured(row)
-        if not found[name]:  # Ctrl-C
-            print("the rows before it are kept: the same command goes on with this one")
-            return
     print(f"PCK@{'/'.join(map(str, ALPHAS))} on {found['full']['on']}, per image, seed {cfg.seed}")
     for name, (changes, stage) in ABLATIONS.items():
         values = found[name if changes else "full"]["pck"][stage]
@@ -110,13 +109,11 @@ def ablate(cfg: Config) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        cfg, resume = parse_config(argv)
+    with command():
+        cfg, resume = parse_config(argv, description=__doc__, prog="python -m experiments.ablate")
         if resume:
             raise ValueError("--resume: give the same command again, and it trains the rows that are missing")
         ablate(cfg)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -8,22 +8,40 @@ from torch import Tensor
 
 from modules import Features
 
+LIMIT = 4 * 2**30  # bytes of features that are kept; at the paper's scale all would be 504 GB
 
-def remembered(known: dict[bytes, Features], compute: Callable[..., Features], device: torch.device,
+
+class Known(dict[bytes, Features]):
+    """Features of single views in the memory of the CPU, by the views' own bytes: the first that fit."""
+
+    def __init__(self, limit: int = LIMIT) -> None:
+        super().__init__()
+        self.free = limit  # bytes
+
+    def add(self, key: bytes, features: Features) -> None:
+        """Keep them where they fit; else the view is computed anew when it comes again."""
+        size = sum(x.nbytes for x in features)
+        if size <= self.free:
+            self[key] = features
+            self.free -= size
+
+
+def remembered(known: Known, compute: Callable[..., Features], device: torch.device,
                images: Tensor, saliency: Tensor | None = None) -> Features:
-    """compute(images) or compute(images, saliency), on a device, of views that `known` does not hold yet.
+    """compute(images) or compute(images, saliency), on a device, of views that `known` does not hold.
 
-    images (B, 3, S, S), saliency (B, h, w). known: features of single views in the memory of the CPU, by the
-    views' own bytes; what is computed joins it. A view is computed alone, so that the last bits of its
-    features do not depend on its company.
+    images (B, 3, S, S), saliency (B, h, w). What is computed joins `known` as long as there is room. A view
+    is computed alone, so that the last bits of its features do not depend on its company.
     """
-    keys = []
+    found = []
     for k in range(len(images)):
         view = [x[k : k + 1].cpu().contiguous() for x in (images, saliency) if x is not None]
         digest = hashlib.blake2b(bytes([torch.is_autocast_enabled()]))  # bfloat16 gives other features
         for x in view:
             digest.update(x.numpy())
-        keys.append(digest.digest())
-        if keys[-1] not in known:
-            known[keys[-1]] = compute(*view).map(lambda x: x[0].cpu())
-    return Features(*(torch.stack(x).to(device) for x in zip(*(known[key] for key in keys))))
+        features = known.get(key := digest.digest())
+        if features is None:
+            features = compute(*view).map(lambda x: x[0].cpu())
+            known.add(key, features)
+        found.append(features)
+    return Features(*(torch.stack(x).to(device) for x in zip(*found)))

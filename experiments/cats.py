@@ -7,6 +7,7 @@ in the source every cell of the target lies. Trained by `experiments.finetune`, 
 
 A volume is (B, Ns, Nt) here, source first, N = 16 * 16. Its roles are CATs' own: the target's cells look into
 the source. `Cats.transfer` moves points source to target like the cascade's, the images handed in swapped.
+Pairs are asked for and scored as `as_cats_reads` shows them, so that official weights give official points.
 """
 
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch import Tensor, nn
 
+import data
 from modules import Features, cells_to_xy, cosine_volume, read_at
-from support.backbone import BACKBONES, ViT, ViTBlock, load_backbone
+from support.backbone import BACKBONES, ViT, ViTBlock, load_backbone, plain_keys
 from support.files import read_weights
 
 GRID = 16  # cells a side; the aggregator's width is tied to it
@@ -31,14 +34,51 @@ class CatsConfig:
     # group: matcher
     backbone: str = "resnet101"  # a ResNet of torchvision, or a ViT of support/backbone.py; CATs: resnet101
     backbone_weights: str | None = None  # local checkpoint of the backbone; none: downloaded on first use
-    levels: str | None = None  # blocks that are read; on PF-PASCAL: 2,17,21,22,25,26,28; none: see cats.py
+    levels: str | None = None  # blocks that are read, such as 0,8,20; none: the last, or HYPERPIXELS
     size: int = 256  # input side in pixels; CATs: 256
 
     # group: no option
     projection: int = 128  # channels of the projected features that stand beside a volume's rows; CATs: 128
     depth: int = 1  # aggregator blocks; CATs: 1
     heads: int = 6  # attention heads of a block; CATs: 6
-    beta: float = 0.02  # temperature of the soft-argmax; CATs: 0.02
+    beta: float = 0.02  # temperature of the soft-argmax; CATs: 0.02, SemiMatch: 0.1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pairs as CATs' loader gives them
+
+
+def squashed(image: Image.Image, size: int, box: data.Box | None = None) -> Image.Image:
+    """An image, or a box of it, squashed to size x size as CATs and SemiMatch read it: bilinearly."""
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+
+
+class SquashedImages:
+    """An ImageSet whose images are `squashed`."""
+
+    def __init__(self, images: data.ImageSet, side: int) -> None:
+        self.images, self.side = images, side
+
+    def load(self, index: int) -> tuple[Image.Image, None]:
+        return squashed(self.images.load(index)[0], self.side), None
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self.side, self.side
+
+
+def as_cats_reads(keypoints: data.KeypointSet, size: int) -> data.KeypointSet:
+    """Pairs in a frame of size x size as CATs' loader gives them: images squashed, points at x * size / W.
+
+    There a query stands half a pixel of the frame, not of its image, from the edge of its pixel. What is
+    scored stays what it was: d is as before, and `scale` leads back to where the pairs were scored.
+    """
+    found = data.KeypointSet(keypoints.name, SquashedImages(keypoints.images, size), [], keypoints.rule)
+    for p in keypoints.pairs:
+        src, trg = (size / torch.tensor(keypoints.size(image)) for image in (p.src, p.trg))
+        d = max(keypoints.size(p.trg)) if keypoints.rule == "img" and p.d is None else p.extent
+        scale = tuple((torch.tensor(p.scale or (1.0, 1.0)) / trg).tolist())
+        found.pairs.append(p._replace(src_kps=p.src_kps * src, trg_kps=p.trg_kps * trg, d=d, scale=scale))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -59,10 +99,12 @@ class ResNetLevels(nn.Module):
             way_out = "give torchvision's file with --backbone-weights FILE"
             state = read_weights(origin, f"the weights of {name}", way_out)
             try:
-                net.load_state_dict(state)
-            except (RuntimeError, TypeError) as error:
+                net.load_state_dict(plain_keys(state))
+            except (RuntimeError, TypeError, AttributeError) as error:
                 wrong = str(error).splitlines()[:2][-1].strip()
                 raise ValueError(f"{origin} is not a {name} of torchvision ({wrong}); {way_out}") from None
+            if broken := [key for key, value in net.state_dict().items() if not value.isfinite().all()]:
+                raise ValueError(f"{origin} is damaged: {broken[0]} is not finite everywhere; {way_out}")
         blocks = [block for layer in (net.layer1, net.layer2, net.layer3, net.layer4) for block in layer]
         check_levels(name, levels, len(blocks))
         self.levels = levels
@@ -210,6 +252,9 @@ class Cats(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.backbone = load_levels(cfg, load)
+        if cfg.size % self.backbone.patch:
+            patch = f"the patch of {cfg.backbone}, {self.backbone.patch} px"
+            raise ValueError(f"--size {cfg.size}: not a multiple of {patch}")
         widths = self.backbone.widths
         self.project = nn.ModuleList(nn.Linear(width, cfg.projection) for width in widths)
         self.aggregator = Aggregator(len(widths), cfg.projection, cfg.depth, cfg.heads)

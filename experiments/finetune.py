@@ -8,12 +8,14 @@
 A label set and a benchmark's training split are both pairs with points, and one loop trains on either: first
 OUT/pretrain, then, from its best weights with a fresh optimiser, OUT/finetune. After every epoch the
 validation split is scored; best.pt holds the best of its scores at alpha 0.10, last.pt what --resume goes on
-from. Test pairs are never read here.
+from. Test pairs are never read here. `--preset semimatch` is SemiMatch's released recipe.
 """
 
 import argparse
 import dataclasses
+import itertools
 import math
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -25,25 +27,34 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
 from experiments import semimatch
-from experiments.cache import remembered
-from experiments.cats import GRID, Cats, CatsConfig, end_point_error, flow_of, flow_target
+from experiments.cache import Known, remembered
+from experiments.cats import GRID, Cats, CatsConfig, as_cats_reads, end_point_error, flow_of
+from experiments.views import KeypointViews
 from modules import Features
 from support import run
 from support.benchmarks import DATASETS
-from support.files import read_checkpoint, write_whole
-from support.options import add_options, check_ranges
+from support.files import check_record, load_optimizer, read_checkpoint, read_state, write_whole
+from support.options import ABOVE_0, AT_LEAST_1, SEEDS, SHARE, add_options, check_ranges
 from train import measure
 
 PROGRAM = "experiments.finetune"
 KeypointSource = Literal["none", "shapes", "pfpascal", "spair", "spair-small"]
 WEIGHT_DECAY = 0.05  # CATs
-MILESTONES = (70, 80, 90)  # per cent of the training where the rate is halved; CATs: epochs 70, 80, 90 of 100
+
+# What --resume may change: none of it changes the numbers. OUT is not of it: best.pt would stay behind.
+FREE = set("root pretrain backbone_weights workers device save_every".split())
+RANGES = {  # of other numbers: not negative
+    **dict.fromkeys("size projection depth heads epochs pretrain_epochs batch accumulate log_every".split(),
+                    AT_LEAST_1),
+    **dict.fromkeys("lr beta semi_temperature semi_gamma".split(), ABOVE_0),
+    **dict.fromkeys("semi_threshold semi_keyout semi_photometric".split(), SHARE),
+    "seed": SEEDS,
+}
 
 
 @dataclass
@@ -51,7 +62,7 @@ class FinetuneConfig(semimatch.SemiConfig, CatsConfig):
     """A run; the defaults are CATs' own on SPair-71k."""
 
     # group: data
-    pretrain: str | None = None  # label set to train on first: of label.py, or any SC-ImageNet
+    pretrain: str | None = None  # folder of the label set to train on first: of label.py, or any SC-ImageNet
     dataset: KeypointSource = "none"  # benchmark whose keypoints are trained on then
     root: str | None = None  # folder of the data set
     annotated: int = 0  # train on so many of its pairs, drawn by the seed; 0: all
@@ -61,14 +72,14 @@ class FinetuneConfig(semimatch.SemiConfig, CatsConfig):
     pretrain_epochs: int = 10  # on the labels; not given
     epochs: int = 100  # on the keypoints; CATs: 100
     epoch_steps: int = 0  # steps of an epoch; 0: as many as the pairs give batches
-    batch: int = 32  # pairs of a micro-batch; CATs: 32, SemiMatch: 10
+    batch: int = 32  # pairs of a micro-batch; CATs: 32, SemiMatch: 10, its released recipe: 8
     accumulate: int = 1  # micro-batches a step and process
     lr: float = 3e-5  # of everything but the backbone; CATs: 3e-5
     backbone_lr: float = 3e-6  # 0: the backbone stays frozen; CATs: 3e-6
     seed: int = 2021  # of initial weights, the pairs' choice and order, and views; CATs: 2021
 
     # group: run
-    checkpoint: str | None = None  # matcher to start from, such as OUT/pretrain/best.pt of an earlier run
+    checkpoint: str | None = None  # checkpoint to start from, such as OUT/pretrain/best.pt of an earlier run
     cache_features: bool = False  # a frozen backbone sees a view once; with --no-augment
     workers: int = 0  # processes that load images
     device: str = "auto"  # auto: a GPU if there is one; cpu; cuda
@@ -77,119 +88,21 @@ class FinetuneConfig(semimatch.SemiConfig, CatsConfig):
 
     # group: no option
     original_target: bool = False  # flow targets as in CATs' released code, see cats.py:flow_target
+    milestones: tuple[int, ...] = (70, 80, 90)  # per cent of the training where the rate is halved; CATs' own
     log_every: int = 20  # steps
 
 
-# Where runs on the built-in set start from: frozen features that were trained on photographs, a few minutes.
 PRESETS = {
+    # Runs on the built-in set start from frozen features that were trained on photographs: a few minutes.
     "shapes": dict(
         backbone="dinov2_vits14", levels="10", size=224, backbone_lr=0.0, augment=False, cache_features=True,
         batch=4, pretrain_epochs=5, epochs=2, epoch_steps=100, seed=0, out="runs/cats_shapes"),
+    # SemiMatch on SPair-71k as released: starts from CATs trained there, trains and decodes at temperature
+    # 0.1, halves the rates after epochs 150 and 220 of 500. The supplement's Table 1 says B = 10.
+    "semimatch": dict(
+        dataset="spair", semi=True, beta=0.1, batch=8, lr=1e-6, backbone_lr=3e-6, epochs=500,
+        milestones=(30, 44), out="runs/semimatch"),
 }
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Views
-
-
-def photometric(p: float, blur: bool = False) -> v2.Compose:
-    """CATs' photometric changes, each with probability p; SemiMatch's strong view blurs, not sharpens.
-
-    Their ranges are those of albumentations, which CATs uses; Sharpen is torchvision's, of factor 1.5 instead
-    of a drawn one, and Blur a Gaussian.
-    """
-    sharpness = v2.RandomApply([v2.GaussianBlur(7)], p) if blur else v2.RandomAdjustSharpness(1.5, p)
-    return v2.Compose(
-        [
-            v2.RandomGrayscale(p),
-            v2.RandomPosterize(4, p),
-            v2.RandomEqualize(p),
-            sharpness,
-            v2.RandomApply([v2.ColorJitter(brightness=0.2, contrast=0.2)], p),
-            v2.RandomSolarize(128, p),
-            v2.RandomApply([v2.ColorJitter(0.2, 0.2, 0.2, 0.2)], p),
-        ]
-    )
-
-
-def random_crop(size: tuple[int, int], box: data.Box, rng: np.random.Generator) -> data.Box:
-    """CATs' crop: each side anywhere between the image's and the box's, in whole pixels of a (W, H) image."""
-    width, height = size
-    x0, y0 = (int(np.clip(v, 0, side - 1)) for v, side in zip(box[:2], size))
-    x1, y1 = (int(np.clip(math.ceil(v), low + 1, side)) for v, low, side in zip(box[2:], (x0, y0), size))
-    left, top = rng.integers(0, x0 + 1), rng.integers(0, y0 + 1)
-    return tuple(map(float, (left, top, rng.integers(x1, width + 1), rng.integers(y1, height + 1))))
-
-
-def to_view(points: Tensor, crop: data.Box, cells: int) -> Tensor:
-    """Points (..., 2) in pixels of an image to those of its view of cells x cells; clamped to it."""
-    x0, y0, x1, y1 = crop
-    moved = data.pixels_to_cells(points - torch.tensor([x0, y0]), (x1 - x0, y1 - y0), (cells, cells))
-    return moved.clamp(-0.5, cells - 0.5)
-
-
-class KeypointViews(Dataset):
-    """Pairs with points as training sees them. Keys are (epoch, pair, place in the epoch), so that everything
-    random follows from the key and the seed: the order of work, workers and resumption change nothing."""
-
-    def __init__(self, keypoints: data.KeypointSet, numbers: list[int], cfg: FinetuneConfig, patch: int):
-        self.keypoints, self.numbers, self.cfg, self.patch = keypoints, numbers, cfg, patch
-        self.weak = photometric(cfg.semi_photometric if cfg.semi else 0.2)
-        self.strong = photometric(cfg.semi_photometric, cfg.semi_blur)
-
-    def epoch_pairs(self, seed: int, epoch: int) -> list[tuple[int, int]]:
-        """All pairs in random order; fewer than a batch are repeated until they fill one."""
-        rng = np.random.default_rng((seed, epoch))
-        repeats = math.ceil(self.cfg.batch / len(self.numbers))
-        order = [n for _ in range(repeats) for n in rng.permutation(self.numbers).tolist()]
-        return [(n, place) for place, n in enumerate(order)]
-
-    def side(self, image: int, points: Tensor, box: data.Box, rng: np.random.Generator) -> tuple:
-        """One image of a pair: the picture, its crop, points and box (4,) in cells of the crop's view."""
-        picture = self.keypoints.load(image)[0]
-        # a crop loses neither the object nor a point; a box has edges, points are centres of pixels
-        around = torch.cat([torch.tensor(box).view(2, 2), points + 0.5])
-        crop = (0.0, 0.0, *map(float, picture.size))
-        if self.cfg.augment and rng.random() < 0.5:
-            crop = random_crop(picture.size, (*around.amin(0).tolist(), *around.amax(0).tolist()), rng)
-        edges = to_view(torch.tensor(box).view(2, 2) - 0.5, crop, GRID).flatten()
-        return picture, crop, to_view(points, crop, GRID), edges
-
-    def view(self, picture, crop: data.Box, change: v2.Compose | None) -> Tensor:
-        """A crop as the network wants it, (3, S, S)."""
-        return data.prepare(change(picture) if change else picture, None, self.cfg.size, self.patch, crop)[0]
-
-    def item(self, number: int, rng: np.random.Generator) -> dict:
-        """The views of one pair and what they should be matched to."""
-        cfg, pair, weak = self.cfg, self.keypoints.pairs[number], self.weak if self.cfg.augment else None
-        src, src_crop, src_kps, src_box = self.side(pair.src, pair.src_kps, pair.src_box, rng)
-        trg, trg_crop, trg_kps, trg_box = self.side(pair.trg, pair.trg_kps, pair.trg_box, rng)
-        flow, valid = flow_target(src_kps, trg_kps, cfg.original_target)
-        item = {"src": self.view(src, src_crop, weak), "trg": self.view(trg, trg_crop, weak)}
-        item |= {"flow": flow, "valid": valid}
-        if cfg.semi:
-            pixel = cfg.size / GRID
-            kps, edges = (trg_kps + 0.5) * pixel - 0.5, ((trg_box + 0.5) * pixel).tolist()
-            strong = self.view(trg, trg_crop, self.strong)
-            strong = semimatch.key_out(strong, kps, tuple(edges), cfg.semi_keyout, rng)
-            affine, offsets = semimatch.draw_warp(rng, cfg.semi_tps)
-            item |= {"plain": self.view(trg, trg_crop, None), "strong": strong}
-            item |= {"affine": affine, "offsets": offsets, "src_box": src_box, "trg_box": trg_box}
-        return item
-
-    def __getitem__(self, key: tuple[int, int, int]) -> dict:
-        """What is at the key's pair or, if that cannot be read, at the next; `skipped` names the file."""
-        epoch, number, place = key
-        at, skipped = self.numbers.index(number), []
-        for other in self.numbers[at:] + self.numbers[:at]:
-            rng = np.random.default_rng((self.cfg.seed, epoch, place))
-            with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from the global generator
-                torch.default_generator.manual_seed(int(rng.integers(2**62)))
-                try:
-                    return self.item(other, rng) | {"skipped": "\n".join(skipped)}
-                except ValueError as error:
-                    skipped.append(str(error))
-        raise ValueError(f"no pair can be read; the first: {skipped[0]}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -197,11 +110,11 @@ class KeypointViews(Dataset):
 
 
 class CachedCats(Cats):
-    """CATs whose frozen backbone sees a view once; the features of all views stay in memory."""
+    """CATs whose frozen backbone sees a view once; its features stay in memory, as far as there is room."""
 
     def __init__(self, cfg: FinetuneConfig, load: bool = True) -> None:
         super().__init__(cfg, load)
-        self.known: dict[bytes, Features] = {}
+        self.known = Known()
 
     def features(self, images: Tensor) -> Features:
         return remembered(self.known, super().features, next(self.parameters()).device, images)
@@ -240,7 +153,7 @@ def build_optimizer(matcher: Cats, cfg: FinetuneConfig) -> torch.optim.Optimizer
 
 def learning_rate(cfg: FinetuneConfig, step: int, steps: int) -> float:
     """Halved at every milestone (CATs). Steps count from 0."""
-    return cfg.lr * 0.5 ** sum(step >= steps * percent / 100 for percent in MILESTONES)
+    return cfg.lr * 0.5 ** sum(step >= steps * percent / 100 for percent in cfg.milestones)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -251,14 +164,15 @@ def load_matcher(path: str, device: torch.device | str = "cpu") -> Cats:
     """The matcher of a checkpoint, in eval mode; the file holds the backbone's weights too."""
     state = read_checkpoint(path, FinetuneConfig, PROGRAM)
     matcher = Cats(FinetuneConfig(**state["config"]), load=False)
-    matcher.load_state_dict(state["model"])
+    copy_weights(matcher, path, state)
     return matcher.to(device).eval()
 
 
-def copy_weights(matcher: Cats, path: str) -> None:
-    """Start from another run's matcher; ValueError in one line if it is built otherwise."""
+def copy_weights(matcher: Cats, path: str, state: dict | None = None) -> None:
+    """The weights of a checkpoint, read already or not; ValueError in one line if it is built otherwise."""
+    state = state or read_checkpoint(path, FinetuneConfig, PROGRAM)
     try:
-        matcher.load_state_dict(read_checkpoint(path, FinetuneConfig, PROGRAM)["model"])
+        matcher.load_state_dict(state["model"])
     except RuntimeError as error:
         wrong = str(error).splitlines()[1].strip()
         raise ValueError(f"{path} does not fit --backbone or --levels: {wrong}") from None
@@ -283,12 +197,18 @@ class Phase(NamedTuple):
     steps: int  # of the phase
 
 
+def phases_of(cfg: FinetuneConfig) -> list[str]:
+    """The names of a run's phases, in order."""
+    return ["pretrain"] * bool(cfg.pretrain) + ["finetune"] * (cfg.dataset != "none")
+
+
 def load_phase(cfg: FinetuneConfig, name: str) -> Phase:
     """The sets of a phase and its length; ValueError if the data are not there or too few."""
     labels = name == "pretrain"
     dataset, root = ("labels", cfg.pretrain) if labels else (cfg.dataset, cfg.root)
     split = "train" if dataset == "shapes" else "trn"
     train, val = DATASETS[dataset](root, split), DATASETS[dataset](root, "val")
+    val = val if run.processes()[0] else as_cats_reads(val, cfg.size)  # one process scores
     numbers = chosen_pairs(train, 0 if labels else cfg.annotated, cfg.seed)
     epoch = cfg.epoch_steps or max(1, len(numbers) // (cfg.batch * cfg.accumulate * run.processes()[1]))
     return Phase(name, train, numbers, val, epoch, epoch * (cfg.pretrain_epochs if labels else cfg.epochs))
@@ -308,8 +228,9 @@ def batches(
 def save(path: Path, matcher: Cats, phase: Phase, step: int, best: float,
          optimizer: torch.optim.Optimizer | None = None) -> None:
     """A checkpoint: best.pt or, with the optimiser, last.pt. best: the highest score so far."""
-    content = {"program": PROGRAM, "model": matcher.state_dict(), "config": dataclasses.asdict(matcher.cfg)}
-    content |= {"phase": phase.name, "step": step, "best": best}
+    content = {"program": PROGRAM, "model": matcher.state_dict(), "config": dataclasses.asdict(matcher.cfg),
+               "phase": phase.name, "step": step, "steps": phase.steps, "best": best,
+               "processes": run.processes()[1]}
     write_whole(path, content | ({"optimizer": optimizer.state_dict()} if optimizer else {}))
 
 
@@ -322,24 +243,30 @@ def keep_best(folder: Path, matcher: Cats, phase: Phase, step: int, best: float)
     return best
 
 
-def prepare_phase(matcher: Cats, state: dict | None) -> tuple[torch.optim.Optimizer, int, float]:
+def prepare_phase(matcher: Cats, phase: Phase,
+                  resume: str | None) -> tuple[torch.optim.Optimizer, int, float]:
     """Weights and optimiser as a phase starts or goes on with them; returns optimiser, step, best score."""
     optimizer = build_optimizer(matcher, matcher.cfg)
-    if not state:
+    if not resume:
         return optimizer, 0, -1.0
-    matcher.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    state = read_checkpoint(resume, FinetuneConfig, PROGRAM)
+    if state["steps"] != phase.steps:
+        steps = f"{phase.steps} steps here, not {state['steps']}"
+        raise ValueError(f"--resume {resume}: {phase.name} on {phase.train.name} takes {steps}: other pairs")
+    copy_weights(matcher, resume, state)
+    load_optimizer(optimizer, state, resume)
     return optimizer, state["step"], state["best"]
 
 
-def run_phase(phase: Phase, matcher: Cats, device: torch.device, state: dict | None) -> bool:
-    """Train on a phase's pairs, from `state` if that is a checkpoint of it; OUT/phase/best.pt is its outcome.
+def run_phase(phase: Phase, matcher: Cats, device: torch.device, resume: str | None) -> int:
+    """Train on a phase's pairs, from a checkpoint of it if one is given; OUT/phase/best.pt is its outcome.
 
-    Returns False if it was stopped. Raises ValueError when the loss is no longer finite.
+    Returns the exit code by which a shell knows the signal that stopped it, 0 without. Raises ValueError when
+    the loss is no longer finite.
     """
     cfg, steps, chief = matcher.cfg, phase.steps, run.processes()[0] == 0
     own = dataclasses.replace(cfg, semi=cfg.semi and phase.name == "finetune")
-    optimizer, start, best = prepare_phase(matcher, state)
+    optimizer, start, best = prepare_phase(matcher, phase, resume)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     loader, skipped = batches(own, phase, matcher.backbone.patch, start, device), set()
     folder = Path(cfg.out, phase.name)
@@ -394,42 +321,80 @@ def run_phase(phase: Phase, matcher: Cats, device: torch.device, state: dict | N
                 break
 
     run.report_skipped(skipped)
-    stopped = stopped and (done < steps or phase.name == "pretrain")  # the last step of all ends the run
+    stopped = stopped and (done < steps or phase.name != phases_of(cfg)[-1])  # else it is done
     if chief and stopped:
         save(last, matcher, phase, done, best, optimizer)
         print(f"stopped after step {done}; go on with --resume {last}")
     elif chief:
         print(f"best of {phase.val.name} at .10: {best:.1f}, checkpoint {folder / 'best.pt'},"
               f" {time.perf_counter() - clock:.0f} s")
-    return not stopped
+    return 128 + (stop or [signal.SIGTERM])[0] if stopped else 0
 
 
 def finetune(cfg: FinetuneConfig, resume: str | None = None) -> Cats:
-    """Pre-train and fine-tune as configured; returns the matcher with the best weights of the last phase."""
-    device, state = run.find_device(cfg.device), None
+    """Pre-train and fine-tune as configured; returns the matcher with the best weights of the last phase.
+
+    Stopped by a signal, it leaves by sys.exit with the code by which a shell knows it.
+    """
+    device, code = run.find_device(cfg.device), 0
     rank, world = run.start_processes(device)
     if rank == 0:
         run.print_header(cfg, device)
-    names = ["pretrain"] * bool(cfg.pretrain) + ["finetune"] * (cfg.dataset != "none")
+    names = phases_of(cfg)
     if resume:
-        state = read_checkpoint(resume, FinetuneConfig, PROGRAM)
-        names = names[names.index(state["phase"]) :]
+        names = names[names.index(Path(resume).parent.name) :]
     phases = [load_phase(cfg, name) for name in names]
     torch.manual_seed(cfg.seed)  # the same initial weights in every process
     kind = CachedCats if cfg.cache_features else Cats
     matcher = kind(cfg, load=not (resume or cfg.checkpoint)).to(device)
     if cfg.checkpoint and not resume:
         copy_weights(matcher, cfg.checkpoint)
+    if rank == 0 and not resume:  # a finished run in this folder is replaced, all its phases at once
+        for name, file in itertools.product(names, ("last.pt", "best.pt")):
+            Path(cfg.out, name, file).unlink(missing_ok=True)
     for phase in phases:
-        if not run_phase(phase, matcher, device, state):
+        if code := run_phase(phase, matcher, device, resume):
             break
         if world > 1:
             dist.barrier()  # the first process has written best.pt
         copy_weights(matcher, str(Path(cfg.out, phase.name, "best.pt")))
-        state = None
+        resume = None
     if world > 1:
         dist.destroy_process_group()
+    if code:  # nothing goes on with half a matcher
+        sys.exit(code)
     return matcher.eval()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def free_folder(out: str, named: bool) -> str:
+    """run.free_folder for folders of phases: a run is finished where the last of them is."""
+    for number in itertools.count(1):
+        place = f"{out}-{number}" if number > 1 else out
+        found = [last for name in ("finetune", "pretrain") if (last := Path(place, name, "last.pt")).exists()]
+        for last in found:
+            state = check_record(last, read_state(str(last)), {"config": dict, "step": int})
+            waits = last.parent.name == "pretrain" and state["config"].get("dataset") != "none"
+            if state["step"] < state.get("steps", 0) or (waits and found == [last]):
+                raise ValueError(f"{place} holds a run that was stopped: go on with --resume {last}, or give"
+                                 " another --out")
+        if named or not found:
+            return place
+
+
+def check_progress(state: dict, cfg: FinetuneConfig, path: str) -> None:
+    """ValueError, in one line, for a checkpoint that is not where its run goes on."""
+    names, phase = phases_of(cfg), state["phase"]
+    own, last = (Path(cfg.out, name, "last.pt") for name in (phase, names[-1]))
+    if phase not in names or Path(path).resolve() != own.resolve():  # best.pt lies beside it
+        raise ValueError(f"--resume {path}: this run's own checkpoint is {own}")
+    if own != last and last.exists():
+        raise ValueError(f"--resume {path}: the run has come further, go on with --resume {last}")
+    if own == last and state["step"] >= state["steps"]:
+        raise ValueError(f"--resume {path}: this run has finished its {state['step']} steps")
 
 
 def parse_config(argv: list[str] | None) -> tuple[FinetuneConfig, str | None]:
@@ -443,7 +408,8 @@ def parse_config(argv: list[str] | None) -> tuple[FinetuneConfig, str | None]:
         state = read_checkpoint(resume, FinetuneConfig, PROGRAM)
         if "optimizer" not in state:
             raise ValueError(f"{resume} cannot be gone on from: --resume takes last.pt, --checkpoint best.pt")
-        base = state["config"]
+        kinds = {"phase": str, "steps": int, "best": (int, float), "processes": int, "optimizer": dict}
+        base = check_record(resume, state, kinds)["config"]
     elif "backbone" in early:
         base.pop("levels", None)  # they are those of the preset's backbone
     shown = FinetuneConfig(**base)
@@ -451,16 +417,20 @@ def parse_config(argv: list[str] | None) -> tuple[FinetuneConfig, str | None]:
     parser = argparse.ArgumentParser(
         f"python -m {PROGRAM}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--preset", choices=PRESETS, help="replaces some defaults below; of shapes, its own")
+    presets = "shapes: on that data set the default; semimatch: its released recipe, from --checkpoint"
+    parser.add_argument("--preset", choices=PRESETS, help=presets)
     parser.add_argument("--resume", metavar="FILE", help="last.pt of the run to go on with")
     add_options(parser, FinetuneConfig, shown)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if k not in ("preset", "resume")}
-    free = ("root", "workers", "device", "save_every", "pretrain")
-    if resume and (changed := [name for name in given if name not in free and given[name] != base[name]]):
-        flag = changed[0].replace("_", "-")
-        raise ValueError(f"--resume goes on with the run as it was: --{flag} cannot change")
     cfg = dataclasses.replace(shown, **given)
+    if resume:
+        run.check_resume(state, given | early, FREE, resume)
+        check_progress(state, cfg, resume)
     check(cfg)
+    if not resume:
+        if early.get("preset") == "semimatch" and not cfg.checkpoint:
+            raise ValueError("--preset semimatch starts from trained CATs: give --checkpoint FILE")
+        cfg.out = free_folder(cfg.out, "out" in given)
     return cfg, resume
 
 
@@ -469,21 +439,14 @@ def check(cfg: FinetuneConfig) -> None:
     if not cfg.pretrain and cfg.dataset == "none":
         known = ", ".join(get_args(KeypointSource)[1:])
         raise ValueError(f"give --pretrain LABELS, --dataset {known}, or both")
-    at_least_1 = "size epochs pretrain_epochs batch accumulate"
-    not_negative = "annotated epoch_steps backbone_lr save_every workers seed"
-    check_ranges(cfg, {name: (1, math.inf) for name in at_least_1.split()}
-                 | {name: (0, math.inf) for name in not_negative.split()})
-    if cfg.lr <= 0:
-        raise ValueError(f"--lr {cfg.lr}: above 0")
+    check_ranges(cfg, RANGES)
     if cfg.cache_features and (cfg.augment or cfg.backbone_lr):
         raise ValueError("--cache-features needs --no-augment and --backbone-lr 0: features change otherwise")
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with run.command():
         finetune(*parse_config(argv))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

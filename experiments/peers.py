@@ -9,9 +9,8 @@ A number can only be put beside others of its protocol. Options are those of eva
 
 import argparse
 import csv
-import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,9 +18,10 @@ from torch import Tensor
 
 import data
 import evaluate
+from experiments.cats import as_cats_reads
 from experiments.finetune import PROGRAM, load_matcher
 from support.files import read_state
-from support.run import find_device, processes
+from support.run import command, find_device, processes
 
 PAPER_TABLES = Path(__file__).parent.parent / "docs" / "paper_tables.csv"
 
@@ -30,7 +30,8 @@ class Protocol(NamedTuple):
     """How a table was scored: a function from pairs to the pairs that its authors would score."""
 
     frame: int | tuple[int, int] | None = None  # squashed to S x S or (W, H) pixels; None: own pixels
-    swap: bool = False  # target points go to the source, are compared there, and d is the source's
+    swap: bool = False  # target points go to the source and are compared there
+    d_of: Literal["answer", "query"] = "answer"  # the image that d is of: that of the found, or of the given
     pad: int | None = None  # on PF-WILLOW d is the extent of points padded with this value: too large
     strict: bool = False  # < instead of <=
     whole: bool = False  # the points asked for are cut to whole pixels of the frame
@@ -43,10 +44,11 @@ class Protocol(NamedTuple):
             if self.swap:
                 p = p._replace(src=p.trg, trg=p.src, src_kps=p.trg_kps, trg_kps=p.src_kps, src_box=p.trg_box,
                                trg_box=p.src_box)
-            scale = self.scale(keypoints.size(p.trg))
-            d = self.extent(p, scale, keypoints, rule or keypoints.rule)
+            at, scale = (self.scale(keypoints.size(image)) for image in (p.src, p.trg))
+            ends = {"query": (p.src_kps, p.src_box, at, keypoints.size(p.src)),
+                    "answer": (p.trg_kps, p.trg_box, scale, keypoints.size(p.trg))}
+            d = self.extent(*ends[self.d_of], rule or keypoints.rule, self.pads(keypoints))
             if self.whole:
-                at = self.scale(keypoints.size(p.src))
                 p = p._replace(src_kps=(p.src_kps * at).trunc().clamp(0, self.frame - 1) / at)
             asked.pairs.append(p._replace(d=d, scale=tuple(scale.tolist())))
         return asked
@@ -56,13 +58,14 @@ class Protocol(NamedTuple):
         frame = self.frame or size
         return torch.tensor((frame, frame) if isinstance(frame, int) else frame) / torch.tensor(size)
 
-    def extent(self, p: data.KeypointPair, scale: Tensor, keypoints: data.KeypointSet, rule: str) -> float:
-        """d in the frame: of the answer's image ("img"), of its points padded, or of its box."""
+    def extent(self, kps: Tensor, box: data.Box, scale: Tensor, size: tuple[int, int], rule: str,
+               pads: bool) -> float:
+        """d in the frame: of an image of (W, H) pixels ("img"), of its points padded, or of its box."""
         if rule == "img":
-            return float((scale * torch.tensor(keypoints.size(p.trg))).max())
-        if self.pads(keypoints):
-            return float((p.trg_kps * scale).max()) - self.pad
-        x0, y0, x1, y1 = p.trg_box
+            return float((scale * torch.tensor(size)).max())
+        if pads:
+            return float((kps * scale).max()) - self.pad
+        x0, y0, x1, y1 = box
         return float((scale * torch.tensor([x1 - x0, y1 - y0])).max())
 
     def pads(self, keypoints: data.KeypointSet) -> bool:
@@ -72,12 +75,13 @@ class Protocol(NamedTuple):
     def __str__(self) -> str:
         frame = (self.frame, self.frame) if isinstance(self.frame, int) else self.frame
         where = "own pixels" if frame is None else f"squashed to {frame[0]}x{frame[1]}"
-        way = "target to source, d of the source" if self.swap else "source to target, d of the target"
+        query, answer = ("target", "source") if self.swap else ("source", "target")
+        way = f"{query} to {answer}, d of the {query if self.d_of == 'query' else answer}"
         return f"{way}, {where}, {'<' if self.strict else '<='} alpha d"
 
 
 PROTOCOLS = {
-    "target": Protocol(),  # HPF, DIFT, SD4Match
+    "target": Protocol(),  # HPF, DIFT
     "padded": Protocol(frame=256, pad=-1),  # many older tables of PF-WILLOW, d 1.28 times too large
     "proposalflow": Protocol(strict=True),
     "geoaware": Protocol(strict=True),
@@ -93,7 +97,9 @@ PROTOCOLS = {
     "scorrsan": Protocol(frame=256, swap=True, pad=-1, whole=True),
     "vat": Protocol(frame=512, swap=True, pad=-1, whole=True),
     "cats++": Protocol(frame=512, swap=True, pad=-1, whole=True),
-    "actr": Protocol(frame=512, swap=True, pad=-1, whole=True),
+    "actr": Protocol(frame=512, d_of="query", pad=-1, whole=True),
+    "sd4match": Protocol(frame=768),  # its default split, "test"
+    "sd4match-ori": Protocol(),  # its split "test_ori"
 }
 
 
@@ -107,7 +113,8 @@ def print_paper(dataset: str, ours: dict[str, dict[tuple[str, str], float]] | No
     if not rows:
         print("\nThe paper has no rows on these pairs")
         return
-    print(f"\nThe paper's rows on {dataset}; their rules are not stated, most likely those of protocol cats")
+    print(f"\nThe paper's rows on {dataset}; frame, direction and padding are not stated, most likely"
+          " those of protocol cats")
     for table in dict.fromkeys(row["table"] for row in rows):
         some = [row for row in rows if row["table"] == table]
         columns = list(dict.fromkeys((row["class"], row["alpha"]) for row in some))
@@ -138,7 +145,7 @@ def load(args: argparse.Namespace) -> tuple:
     if not args.checkpoint or read_state(args.checkpoint)["program"] != PROGRAM:
         return evaluate.load_methods(args)
     for name in ("stage", "baseline", "weights", "backbone", "layer", "size", "dense"):
-        if getattr(args, name):
+        if getattr(args, name) not in (None, False):
             raise ValueError(f"{args.checkpoint} holds CATs: --{name} does not apply")
     return load_matcher(args.checkpoint, find_device(args.device)), ["cats"]
 
@@ -157,7 +164,7 @@ def score_as(name: str, found: dict[str, list[Tensor]], asked: data.KeypointSet,
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = evaluate.shared_options(__doc__)
+    parser = evaluate.shared_options(__doc__, "python -m experiments.peers")
     add = parser.add_argument
     add("--protocol", nargs="+", choices=PROTOCOLS, default=["target"], help="score as these peers do")
     add("--compare", action="store_true", help="print the paper's own rows too")
@@ -168,6 +175,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in dict.fromkeys(args.protocol):
         protocol = PROTOCOLS[name]
         asked = protocol(keypoints, args.rule)
+        if methods == ["cats"]:
+            asked = as_cats_reads(asked, matcher.cfg.size)
         depends_on = protocol.swap, protocol.frame if protocol.whole else None
         if depends_on not in done:
             done[depends_on] = evaluate.predict_shared(matcher, asked, methods)
@@ -184,7 +193,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with command():
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")

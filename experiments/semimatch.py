@@ -2,7 +2,7 @@
 
     Algorithm 1                                     here
     compute_syn_theta                               draw_warp
-    photometric_strong(I_T, GTkeypoints)            finetune.py:photometric, key_out
+    photometric_strong(I_T, GTkeypoints)            views.py:photometric, key_out
     geometric_warp(image, theta), of volumes too    warp (affine_field, then tps_field)
     get_bbox_mask                                   box_mask
     forward_backward_check                          forward_backward_mask

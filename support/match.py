@@ -1,7 +1,6 @@
 """Match two pictures of one's own: `python pixel_stage.py SOURCE TARGET --checkpoint FILE`."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +9,9 @@ from torch import Tensor
 
 import data
 from modules import Features, cells_to_xy, transfer_keypoints
+from support.files import write_whole
 from support.pictures import draw_matches
-from support.run import find_device
+from support.run import command, find_device
 
 
 def parse_points(texts: list[str], size: tuple[int, int]) -> Tensor:
@@ -29,7 +29,7 @@ def parse_points(texts: list[str], size: tuple[int, int]) -> Tensor:
 
 
 def read_options(argv: list[str]) -> argparse.Namespace:
-    """The command line, with what is wrong in it as argparse's own errors."""
+    """The command line; ValueError, in one line, for what cannot be."""
     what = "Match two pictures of one's own: draw the generator's pairs, or transfer and print given points."
     parser = argparse.ArgumentParser(prog="pixel_stage.py", description=what)
     add = parser.add_argument
@@ -44,9 +44,9 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda")
     args = parser.parse_args(argv)
     if args.count < 1:
-        parser.error("--count must be at least 1")
+        raise ValueError(f"--count {args.count}: at least 1")
     if Path(args.out).suffix.lower() not in data.EXTENSIONS or not Path(args.out).resolve().parent.is_dir():
-        parser.error(f"--out {args.out}: give a picture in an existing folder, such as matches.png")
+        raise ValueError(f"--out {args.out}: give a picture in an existing folder, such as matches.png")
     return args
 
 
@@ -57,11 +57,11 @@ def match(args: argparse.Namespace, load: Callable) -> None:
     if cascade.pixel is None:
         stages = f"--stages {cascade.cfg.stages}"
         raise ValueError(f"{args.checkpoint} was trained without a pixel stage ({stages})")
-    images = [data.open_image(path, upright=True) for path in (args.source, args.target)]
+    files = zip((args.source, args.target), args.saliency or (None, None))
+    images, maps = zip(*(data.open_with_map(*pair, cascade.cfg.saliency_rescale) for pair in files))
     points = parse_points(args.points, images[0].size) if args.points else None
     sides: list[Features] = []
-    for image, path in zip(images, args.saliency or (None, None)):
-        saliency = data.open_saliency(path, cascade.cfg.saliency_rescale) if path else None
+    for image, saliency in zip(images, maps):
         tensor, cells = data.prepare(image, saliency, cascade.cfg.size, cascade.backbone.patch)
         sides.append(cascade.features(tensor[None], None if cells is None else cells[None]))
     corr = cascade.pixel(*sides)
@@ -80,13 +80,11 @@ def match(args: argparse.Namespace, load: Callable) -> None:
     if points is not None:
         for (x, y), (u, v) in zip(src_kps.tolist(), trg_kps.tolist()):
             print(f"{x:.1f},{y:.1f} -> {u:.1f},{v:.1f}")
-    draw_matches(*images, src_kps, trg_kps).save(args.out)
+    write_whole(args.out, draw_matches(*images, src_kps, trg_kps))
     print(f"{len(src_kps)} matches drawn in {args.out}")
 
 
 def main(argv: list[str], load: Callable) -> None:
     """load: train.load_cascade, handed in, since nothing in this folder knows of training."""
-    try:
+    with command():
         match(read_options(argv), load)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")

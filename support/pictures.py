@@ -4,6 +4,7 @@ What is judged elsewhere is handed in: which points are right, and the curves.
 """
 
 import csv
+import io
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 import data
+from support.files import write_whole
 
 GREEN, RED, YELLOW = (40, 200, 60), (230, 40, 40), (250, 210, 40)
 
@@ -129,11 +131,11 @@ def draw_results(folder: Path, predictions: dict[str, list[Tensor]], right: dict
     for category in sorted({p.category for p in keypoints.pairs}):
         numbers = ranked_pairs(predictions[first], right[first], keypoints, category, count)
         page = match_sheet(predictions, right, keypoints, numbers=numbers)
-        page.save(folder / f"{category.replace('/', '_')}.jpg", quality=85)
-    draw_curve(curves, alphas).save(folder / "curve.png")
-    with open(folder / "curve.csv", "w", newline="") as file:
-        rows = zip(alphas, *([f"{v:.2f}" for v in values] for values in curves.values()))
-        csv.writer(file).writerows([["alpha", *curves], *rows])
+        write_whole(folder / f"{category.replace('/', '_')}.jpg", page)
+    write_whole(folder / "curve.png", draw_curve(curves, alphas))
+    rows, table = zip(alphas, *([f"{v:.2f}" for v in values] for values in curves.values())), io.StringIO()
+    csv.writer(table).writerows([["alpha", *curves], *rows])
+    write_whole(folder / "curve.csv", table.getvalue())
 
 
 def draw_pair(images: data.ImageSet, pair: dict) -> Image.Image:

@@ -2,13 +2,28 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch import Tensor, nn
+from torchvision import transforms
 
+from data import KeypointPair, KeypointSet
+from evaluate import predict, score
 from experiments import cats
-from experiments.cats import GRID, HYPERPIXELS, Aggregator, Cats, CatsConfig, end_point_error, flow_target
+from experiments.cats import (
+    GRID,
+    HYPERPIXELS,
+    Aggregator,
+    Cats,
+    CatsConfig,
+    as_cats_reads,
+    end_point_error,
+    flow_target,
+)
+from experiments.peers import PROTOCOLS
 from modules import Features
 from support.backbone import BACKBONES, ViTSpec, load_backbone
 
@@ -455,6 +470,98 @@ def test_the_source_asks_and_the_target_is_looked_into(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Pairs as CATs' loader gives them
+
+
+class Pictures:
+    """Photographs of noise in the place of an ImageSet."""
+
+    def __init__(self, sizes: list[tuple[int, int]]) -> None:
+        rng = np.random.default_rng(0)
+        coarse = [rng.integers(0, 256, (9, 9, 3), dtype=np.uint8) for _ in sizes]
+        self.images = [Image.fromarray(c).resize(size, Image.Resampling.BICUBIC)
+                       for c, size in zip(coarse, sizes)]
+
+    def load(self, index: int) -> tuple[Image.Image, None]:
+        return self.images[index], None
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self.images[index].size
+
+
+SIZES = [(500, 375), (300, 200), (97, 333), (640, 480)]
+
+
+def couples(rule: str = "bbox", n: int = 9) -> KeypointSet:
+    pairs = []
+    for src, trg in ((0, 1), (1, 2), (2, 3), (3, 0)):
+        kps = [torch.rand(n, 2) * torch.tensor(SIZES[image]) for image in (src, trg)]
+        boxes = [(3.0, 2.0, w * 0.9, h * 0.7) for w, h in (SIZES[src], SIZES[trg])]
+        pairs.append(KeypointPair(src, trg, *kps, "noise", *boxes))
+    return KeypointSet("SPair-71k test", Pictures(SIZES), pairs, rule)
+
+
+def released_points(matcher: Cats, source: Image.Image, target: Image.Image, trg_kps: Tensor) -> Tensor:
+    """What CATs' released evaluation does, in its 256 x 256 frame: resize, flow to full size, read, add."""
+    to_tensor = transforms.Compose([transforms.Resize((256, 256)), transforms.ToTensor(),
+                                    transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+    src, trg = (matcher.features(to_tensor(image)[None]) for image in (source, target))
+    flow = nn.functional.interpolate(cats.flow_of(matcher(src, trg), 0.02), (256, 256), mode="bilinear") * 16
+    found = []
+    for x, y in trg_kps.tolist():
+        column, row = (min(max(int(v), 0), 255) for v in (x * 256 / target.width, y * 256 / target.height))
+        found.append(torch.tensor([column, row]) + flow[0, :, row, column])
+    return torch.stack(found)
+
+
+def test_the_points_are_those_of_cats_released_evaluation():
+    """To a hundredth of a pixel; read bicubically, with half a pixel of the image, they are 0.1 and more off.
+    """
+    matcher, keypoints = shaken(small(load=True, size=256, levels="0,1"), 0.03).eval(), couples()
+    asked = PROTOCOLS["cats"](keypoints)
+    found = predict(matcher, as_cats_reads(asked, 256), ["cats"], quiet=True)["cats"]
+    bare = predict(matcher, asked, ["cats"], quiet=True)["cats"]
+    off = []
+    for pair, pred, own in zip(keypoints.pairs, found, bare, strict=True):
+        images = [keypoints.load(image)[0] for image in (pair.src, pair.trg)]
+        with torch.no_grad():
+            truth = released_points(matcher, *images, pair.trg_kps)
+        torch.testing.assert_close(pred, truth, rtol=0, atol=0.01)
+        off.append((own * 256 / torch.tensor(images[0].size) - truth).norm(dim=1))
+    assert torch.cat(off).mean() > 0.1
+
+
+@pytest.mark.parametrize("rule", ["bbox", "img"])
+@pytest.mark.parametrize("name", [None, "target", "cats", "actr", "vat"])
+def test_pairs_as_cats_reads_them_are_scored_as_before(rule, name):
+    """Points that are moved into the frame with their pairs are right where they were."""
+    keypoints = couples(rule)
+    asked = PROTOCOLS[name](keypoints) if name else keypoints
+    framed = as_cats_reads(asked, 256)
+    assert [framed.size(image) for image in range(4)] == [(256, 256)] * 4
+    assert framed.load(0)[0].size == (256, 256)
+    predictions, moved = [], []
+    for p, q in zip(asked.pairs, framed.pairs, strict=True):
+        src, trg = (256 / torch.tensor(SIZES[image]) for image in (p.src, p.trg))
+        torch.testing.assert_close(q.src_kps, p.src_kps * src)
+        torch.testing.assert_close(q.trg_kps, p.trg_kps * trg)
+        predictions.append(p.trg_kps + torch.randn(9, 2) * 30)
+        moved.append(predictions[-1] * trg)
+    before, after = score(predictions, asked)[rule], score(moved, framed)[rule]
+    assert before == after and 0 < before["per_image"][0] < before["per_image"][2] < 100
+
+
+def test_images_are_squashed_bilinearly():
+    image = Pictures(SIZES).load(0)[0]
+    framed = as_cats_reads(couples(), 64).load(0)[0]
+    for filter_, same in ((Image.Resampling.BILINEAR, True), (Image.Resampling.BICUBIC, False)):
+        assert np.array_equal(framed, image.resize((64, 64), filter_)) == same
+    crop = (10.0, 20.0, 300.0, 200.0)
+    expected = image.resize((64, 64), Image.Resampling.BILINEAR, box=crop)
+    assert np.array_equal(cats.squashed(image, 64, crop), expected)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Options
 
 
@@ -469,6 +576,8 @@ def test_the_source_asks_and_the_target_is_looked_into(monkeypatch):
     ({"levels": "1,"}, "--levels 1,"),
     ({"backbone": "resnet18", "levels": "3,9"}, "--levels 3,9: of resnet18, some of 0 to 8"),
     ({"backbone": "resnet18"}, "--levels 0,8,20"),
+    ({"size": 100}, "--size 100: not a multiple of the patch of deep_vit8, 8 px"),
+    ({"backbone": "resnet18", "levels": "8", "size": 250}, "--size 250: not a multiple"),
     ({"heads": 7}, "heads 7: must divide 256 + projection 16"),
     ({"projection": 13, "heads": 1}, "projection 13"),
 ])  # fmt: skip
@@ -476,6 +585,24 @@ def test_options_that_cannot_be_are_refused_in_one_line(options, words):
     with pytest.raises(ValueError) as error:
         small(**options)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_weights_of_a_wrapped_resnet_are_read(tmp_path, prefix):
+    state = unlike_its_start(torchvision.models.resnet18()).state_dict()
+    torch.save({prefix + key: value for key, value in state.items()}, tmp_path / "wrapped.pth")
+    cfg = CatsConfig(backbone="resnet18", levels="1", backbone_weights=str(tmp_path / "wrapped.pth"))
+    assert torch.equal(Cats(cfg).backbone.stem[0].weight, state["conv1.weight"])
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    state = torchvision.models.resnet18().state_dict()
+    state["layer1.0.conv1.weight"][0, 0, 0, 0] = math.nan
+    torch.save(state, tmp_path / "nan.pth")
+    with pytest.raises(ValueError) as error:
+        small(load=True, backbone="resnet18", backbone_weights=str(tmp_path / "nan.pth"), levels="1")
+    assert f"{tmp_path / 'nan.pth'} is damaged: layer1.0.conv1.weight is not finite" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("content", ["missing", "text", "list", "numbers", "other"])

@@ -1,8 +1,10 @@
 """PCK, its thresholds and averages, prediction, pictures and the command line of evaluate.py."""
 
 import csv
+import errno
 import json
 import math
+import os
 import random
 import re
 import subprocess
@@ -18,6 +20,7 @@ from PIL import Image
 import evaluate
 from data import KeypointPair, KeypointSet
 from evaluate import blocks_of_pairs, correct_points, predict, right_at_ten, score
+from experiments import peers
 from modules import Features
 from support.dense import Dense
 from support.pictures import GREEN, RED, YELLOW, draw_curve, draw_matches, match_sheet, ranked_pairs
@@ -44,6 +47,9 @@ class Pictures:
 
     def load(self, index: int) -> tuple[Image.Image, Image.Image | None]:
         return self.images[index], self.saliency[index]
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self.images[index].size
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -564,11 +570,27 @@ def test_classes_of_ones_own_pairs_may_have_any_name(monkeypatch, tmp_path):
 
 
 def test_alphas_are_printed_in_full_and_scored_as_given(run_main, capsys, tmp_path):
-    run_main("--baseline", "nn", "--alpha", 0.005, 0.125, 2, "--json", tmp_path / "out.json")
-    assert table_lines(capsys.readouterr().out)["PCK (%) at alpha"] == [0.005, 0.125, 2]
+    run_main("--baseline", "nn", "--alpha", 0.005, 0.125, 1, "--json", tmp_path / "out.json")
+    assert table_lines(capsys.readouterr().out)["PCK (%) at alpha"] == [0.005, 0.125, 1]
     report = json.loads((tmp_path / "out.json").read_text())
-    assert report["alphas"] == [0.005, 0.125, 2]
-    assert report["scores"]["target"]["nn"]["bbox"]["per_point"][2] == 100
+    assert report["alphas"] == [0.005, 0.125, 1]
+    assert report["scores"]["target"]["nn"]["bbox"]["per_point"][2] > 90
+
+
+@pytest.mark.parametrize("alpha", ["10", "5", "1.01", "-0.1", "nan", "inf"])
+@pytest.mark.parametrize("program", [evaluate, peers])
+def test_an_alpha_in_per_cent_is_refused(program, alpha):
+    """10 would be right everywhere: 100.0 in every column."""
+    with pytest.raises(ValueError) as error:
+        program.main(["--dataset", "shapes", "--baseline", "nn", "--device", "cpu", "--alpha", "0.05", alpha])
+    assert str(error.value) == f"--alpha {alpha}: a share of d from 0 to 1, such as 0.10"
+
+
+def test_a_number_out_of_range_is_one_line():
+    for numbers in (["--alpha", "10"], ["--size", "0"], ["--visualize", "-1"]):
+        done = command("--dataset", "shapes", "--baseline", "nn", *numbers)
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 1 and line.startswith(f"error: {numbers[0]} {numbers[1]}: ")
 
 
 def test_a_baseline_scores_alike_whatever_the_state_of_the_random_generator(run_main, tmp_path):
@@ -591,7 +613,9 @@ def test_a_method_named_twice_is_scored_once(run_main, tmp_path):
     ("args", "named"),
     [
         (["--baseline", "nn", "--stage", "pixel"], "--stage"),
-        (["--baseline", "nn", "--visualize", "-2"], "--visualize"),
+        (["--baseline", "nn", "--visualize", "-2"], "--visualize -2: not negative"),
+        (["--baseline", "nn", "--size", "0"], "--size 0: at least 1"),
+        (["--baseline", "nn", "--size", "-128"], "--size -128: at least 1"),
         (["--baseline", "nn", "--alpha", "-0.1"], "--alpha"),
         (["--baseline", "dogs"], "--baseline"),
         (["--baseline", "nn", "--thres", "kp"], "--thres"),
@@ -617,6 +641,58 @@ def test_a_place_that_cannot_be_written_is_named_before_the_work(run_main, capsy
     streams = capsys.readouterr()
     assert place in (str(stop.value) + streams.err).splitlines()[-1] and "PCK" not in streams.out
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_nothing_is_written_before_options_and_data_are_checked(run_main, tmp_path):
+    """Not even the folder of the pictures."""
+    pictures = "--visualize", 1, "--out", "some/place"
+    for wrong in ("--checkpoint gone.pt", "--device abacus", "--backbone vgg", "--layer 99"):
+        with pytest.raises(ValueError):
+            run_main(*pictures, *wrong.split())
+    with pytest.raises(ValueError):
+        evaluate.main(["--dataset", "spair", "--datapath", "gone", "--baseline", "nn", *map(str, pictures)])
+    assert not list(tmp_path.iterdir())
+
+
+class Full:
+    """A disk that is full after a number of files."""
+
+    def __init__(self, monkeypatch, room: int) -> None:
+        self.room, self.replace = room, os.replace
+        monkeypatch.setattr(os, "replace", self)
+
+    def __call__(self, *names) -> None:
+        self.room -= 1
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.replace(*names)
+
+
+@pytest.mark.parametrize("room", [0, 3, 10, 11])
+def test_a_picture_is_written_whole_or_not_at_all(run_main, monkeypatch, tmp_path, room):
+    """Ten sheets, curve.png, curve.csv: one line, what was written stays, nothing half written is left."""
+    (tmp_path / "matches").mkdir()
+    (tmp_path / "matches" / "curve.csv").write_text("from before")
+    Full(monkeypatch, room)
+    with pytest.raises(OSError) as error:
+        run_main("--baseline", "nn", "--visualize", 1)
+    assert str(error.value).startswith("cannot write matches/") and "\n" not in str(error.value)
+    names = sorted(p.name for p in (tmp_path / "matches").iterdir())
+    assert len(names) == room + 1 and not any(name.endswith(".tmp") for name in names)
+    assert (tmp_path / "matches" / "curve.csv").read_text() == "from before"
+
+
+def test_images_of_a_list_are_found_under_datapath(monkeypatch, capsys, tmp_path):
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "photos").mkdir()
+    Image.effect_noise((40, 30), 60).convert("RGB").save(tmp_path / "photos" / "a.png")
+    place = tmp_path / "lists" / "pairs.csv"
+    place.write_text("source,target,XA,YA,XB,YB\na.png,a.png,3;9,4;20,3;9,4;20\n")
+    args = ["--pairs", str(place), *"--baseline nn --backbone random_vit8 --size 64 --device cpu".split()]
+    with pytest.raises(ValueError, match="no such image"):
+        evaluate.main(args)
+    evaluate.main([*args, "--datapath", str(tmp_path / "photos")])
+    assert "nn on pairs.csv: 1 pairs, 2 points" in capsys.readouterr().out
 
 
 def test_a_class_the_benchmark_does_not_have_is_named_in_one_line(tmp_path):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from test_train import ROOT, configured, run, train
 import data
 from evaluate import predict, score
 from experiments import finetune
-from experiments.cats import Cats, flow_target
-from experiments.finetune import FinetuneConfig, KeypointViews, learning_rate, parse_config, photometric
+from experiments.cats import Cats, as_cats_reads, flow_target
+from experiments.finetune import FinetuneConfig, learning_rate, parse_config
+from experiments.views import KeypointViews, photometric, random_crop, to_view
 from support.backbone import BACKBONES, ViTSpec
 from support.benchmarks import label_pairs
 from support.label_tree import write_label_tree
@@ -97,7 +99,7 @@ def test_every_change_has_its_own_chance(photo):
 
 def test_crops_hold_the_box_and_reach_both_ends():
     rng = np.random.default_rng(0)
-    crops = np.array([finetune.random_crop((120, 90), (30.2, 20.0, 99.1, 77.0), rng) for _ in range(4000)])
+    crops = np.array([random_crop((120, 90), (30.2, 20.0, 99.1, 77.0), rng) for _ in range(4000)])
     for side, whole in zip(crops.T, (range(31), range(21), range(100, 121), range(77, 91)), strict=True):
         assert set(side) == set(map(float, whole))
         counts = np.unique(side, return_counts=True)[1]
@@ -110,7 +112,7 @@ def test_crops_hold_the_box_and_reach_both_ends():
 def test_crops_of_odd_boxes_stay_in_the_image_and_are_not_empty(box):
     rng = np.random.default_rng(0)
     for _ in range(1000):
-        x0, y0, x1, y1 = finetune.random_crop((120, 90), box, rng)
+        x0, y0, x1, y1 = random_crop((120, 90), box, rng)
         assert 0 <= x0 < x1 <= 120 and 0 <= y0 < y1 <= 90
         assert x0 <= max(0, box[0]) and y0 <= max(0, box[1])
         assert x1 >= min(120, box[2]) and y1 >= min(90, box[3])
@@ -135,7 +137,7 @@ def test_points_land_on_the_pixels_they_were_on(crop):
     view = places(data.prepare(ruler(200, 160), None, size, 8, crop)[0])
     torch.manual_seed(0)
     points = torch.rand(500, 2) * torch.tensor([x1 - x0 - 8, y1 - y0 - 8]) + torch.tensor([x0 + 4, y0 + 4])
-    at = finetune.to_view(points, crop, size)
+    at = to_view(points, crop, size)
     for x, y in at.tolist():
         assert 0 <= x <= size - 1 and 0 <= y <= size - 1
     low = at.floor().long()
@@ -148,7 +150,7 @@ def test_points_land_on_the_pixels_they_were_on(crop):
 
 def test_points_outside_a_crop_stop_at_its_edges():
     points = torch.tensor([[0.0, 0.0], [99.0, 99.0], [49.5, 19.5]])
-    at = finetune.to_view(points, (10.0, 10.0, 50.0, 20.0), 16)
+    at = to_view(points, (10.0, 10.0, 50.0, 20.0), 16)
     torch.testing.assert_close(at, torch.tensor([[-0.5, -0.5], [15.5, 15.5], [15.5, 15.5]]))
 
 
@@ -161,6 +163,7 @@ class Rulers:
 
     def __init__(self, *broken: int) -> None:
         self.broken, self.sizes = broken, [(80, 64), (60, 84), (45, 45), (84, 56)]
+        self.size = self.sizes.__getitem__
 
     def load(self, index: int) -> tuple[Image.Image, None]:
         if index in self.broken:
@@ -206,7 +209,7 @@ def cells(points: torch.Tensor, crop: torch.Tensor) -> torch.Tensor:
 def test_points_and_boxes_move_with_the_crop_that_the_views_show(number, original):
     pair, whole = PAIRS[number], []
     for place in range(30):
-        item = views(original_target=original)[0, number, place]
+        item = views(original_target=original)[0, place, number]
         assert torch.equal(item["plain"], item["trg"]) and torch.equal(item["strong"], item["trg"])
         src, trg = read_crop(item["src"]), read_crop(item["trg"])
         torch.testing.assert_close(src, src.round(), rtol=0, atol=0.3)
@@ -234,9 +237,10 @@ def test_no_crop_cuts_off_the_pixel_of_a_point_outside_the_box():
 
 def test_without_augmentation_a_view_is_the_whole_image_unchanged():
     for place in range(8):
-        item = views(augment=False, semi=False)[0, 0, place]
-        assert torch.equal(item["src"], data.prepare(ruler(80, 64, 3), None, 128, 8)[0])
-        assert torch.equal(item["trg"], data.prepare(ruler(60, 84, 3), None, 128, 8)[0])
+        item = views(augment=False, semi=False)[0, place, 0]
+        for name, size in (("src", (80, 64)), ("trg", (60, 84))):  # bilinear, as CATs reads
+            view = ruler(*size, 3).resize((128, 128), Image.Resampling.BILINEAR)
+            assert torch.equal(item[name], data.prepare(view, None, 128, 8)[0])
         assert "strong" not in item
 
 
@@ -250,33 +254,73 @@ def same(a: dict, b: dict) -> bool:
 def test_a_key_says_all_that_is_random(semi):
     one = views(semi=semi, semi_photometric=0.5, semi_keyout=0.5)
     before = torch.get_rng_state()
-    first = one[2, 0, 7]
+    first = one[2, 7, 0]
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(9)
-    assert same(first, views(semi=semi, semi_photometric=0.5, semi_keyout=0.5)[2, 0, 7])
-    other_seed = views(semi=semi, semi_photometric=0.5, semi_keyout=0.5, seed=4)[2, 0, 7]
-    others = one[2, 0, 8], one[3, 0, 7], other_seed
+    assert same(first, views(semi=semi, semi_photometric=0.5, semi_keyout=0.5)[2, 7, 0])
+    other_seed = views(semi=semi, semi_photometric=0.5, semi_keyout=0.5, seed=4)[2, 7, 0]
+    others = one[2, 8, 0], one[3, 7, 0], other_seed
     assert not any(same(first, other) for other in others)
 
 
 def test_an_image_that_cannot_be_read_is_named_and_the_next_pair_taken():
-    item, wanted = views(1)[0, 0, 5], views()[0, 1, 5]
+    item, wanted = views(1)[0, 5, 0], views()[0, 5, 1]
     assert item.pop("skipped") == "cannot read image 1.jpg" and wanted.pop("skipped") == ""
     assert same(item, wanted)
-    item, wanted = views(2)[0, 1, 5], views()[0, 0, 5]  # behind the last comes the first
+    item, wanted = views(2)[0, 5, 1], views()[0, 5, 0]  # behind the last comes the first
     assert item.pop("skipped") == "cannot read image 2.jpg" and wanted.pop("skipped") == ""
     assert same(item, wanted)
     with pytest.raises(ValueError, match="no pair can be read; the first: cannot read image 0.jpg"):
-        views(0, 3)[0, 0, 5]
+        views(0, 3)[0, 5, 0]
 
 
 def test_an_epoch_has_every_pair_and_fills_a_batch():
-    assert sorted(n for n, _ in views().epoch_pairs(0, 0)) == [0, 1]
+    assert sorted(views().epoch_pairs(0, 0)) == [(0,), (1,)]
     pairs = views(batch=5).epoch_pairs(0, 1)
-    assert [place for _, place in pairs] == list(range(6))
-    assert sorted(n for n, _ in pairs) == [0, 0, 0, 1, 1, 1]
+    assert sorted(pairs) == [(0,)] * 3 + [(1,)] * 3
     orders = {tuple(views(batch=5).epoch_pairs(0, epoch)) for epoch in range(10)}
     assert len(orders) > 3 and tuple(pairs) in orders
+
+
+def test_the_stream_asks_for_every_pair_at_its_place():
+    """The order and the draws of a key are those of (seed, epoch, place), whatever stands in the key."""
+    stream = iter(data.PairStream(views(batch=5), 5, seed=3))
+    for epoch in range(2):
+        keys = next(stream)
+        pairs = views(batch=5).epoch_pairs(3, epoch)
+        assert keys == [(epoch, place, n) for place, (n,) in enumerate(pairs[:5])]
+    draws = []
+    one = views()
+    one.item = lambda number, rng: draws.append((number, rng.random(2).tolist())) or {}
+    one[4, 9, 1]
+    rng = np.random.default_rng((3, 4, 9))
+    rng.integers(2**62)  # the seed of torchvision's generator
+    assert draws == [(1, rng.random(2).tolist())]
+
+
+class Counted(list):
+    """A list that is looked into at single places, and counts them."""
+
+    seen = 0
+
+    def __getitem__(self, index: int) -> int:
+        assert isinstance(index, int), "sliced"
+        self.seen += 1
+        return super().__getitem__(index)
+
+    def __iter__(self):
+        raise AssertionError("read from end to end")
+
+    def index(self, *arguments):
+        raise AssertionError("searched from end to end")
+
+
+def test_an_item_is_read_without_a_look_at_the_other_pairs():
+    one = views()
+    one.keypoints = data.KeypointSet("many", one.keypoints.images, PAIRS * 50_000)
+    one.numbers = Counted(range(1, 100_000, 2))
+    assert same(one[0, 5, 77_777], views()[0, 5, 1])
+    assert one.numbers.seen < 20
 
 
 def test_few_annotated_pairs_are_among_more():
@@ -293,12 +337,43 @@ def test_few_annotated_pairs_are_among_more():
 # Optimiser
 
 
-def test_step_schedule_is_cut_at_per_cents(monkeypatch):
+def test_step_schedule_is_cut_at_per_cents():
     original = [learning_rate(FinetuneConfig(), epoch, 100) for epoch in (69, 70, 79, 80, 89, 90, 99)]
     assert original == pytest.approx([3e-5, 1.5e-5, 1.5e-5, 7.5e-6, 7.5e-6, 3.75e-6, 3.75e-6])
-    monkeypatch.setattr(finetune, "MILESTONES", (50, 75.5))
-    rates = [learning_rate(FinetuneConfig(lr=2.0), step, 200) for step in range(200)]
+    cfg = FinetuneConfig(lr=2.0, milestones=(50, 75.5))
+    rates = [learning_rate(cfg, step, 200) for step in range(200)]
     assert rates == pytest.approx([2.0] * 100 + [1.0] * 51 + [0.5] * 49)
+
+
+def test_the_preset_semimatch_is_the_released_recipe(whole, tmp_path):
+    with pytest.raises(ValueError, match="--preset semimatch starts from trained CATs: give --checkpoint"):
+        parse_config(["--preset", "semimatch", "--out", str(tmp_path)])
+    start = str(whole(False) / "finetune" / "best.pt")
+    cfg, _ = parse_config(["--preset", "semimatch", "--checkpoint", start, "--out", str(tmp_path)])
+    assert (cfg.dataset, cfg.semi, cfg.batch, cfg.lr, cfg.backbone_lr) == ("spair", True, 8, 1e-6, 3e-6)
+    assert (cfg.backbone, cfg.levels, cfg.size) == ("resnet101", None, 256)
+    assert (cfg.beta, cfg.semi_temperature, cfg.semi_gamma, cfg.semi_threshold) == (0.1, 0.1, 0.1, 0.5)
+    assert (cfg.epochs, cfg.milestones) == (500, (30, 44))
+    rates = [learning_rate(cfg, epoch, 500) for epoch in (149, 150, 219, 220, 499)]
+    assert rates == pytest.approx([1e-6, 5e-7, 5e-7, 2.5e-7, 2.5e-7])
+
+
+def test_semimatchs_temperature_is_that_of_training_and_of_decoding(whole, tmp_path, monkeypatch):
+    """A short run of the preset on shapes: the checkpoint decodes as it was trained, unlike CATs' own."""
+    betas, original = set(), finetune.flow_of
+
+    def record(corr, beta):
+        betas.add(beta)
+        return original(corr, beta)
+
+    for module in ("finetune", "cats"):
+        monkeypatch.setattr(f"experiments.{module}.flow_of", record)
+    start = whole(False) / "finetune" / "best.pt"
+    begin([*SMALL, "--preset", "semimatch", "--dataset", "shapes", "--epochs", "1", "--checkpoint", start,
+           "--out", tmp_path])
+    assert betas == {0.1}
+    assert finetune.load_matcher(str(tmp_path / "finetune" / "best.pt")).cfg.beta == 0.1
+    assert finetune.load_matcher(str(start)).cfg.beta == 0.02
 
 
 def test_the_backbone_has_a_rate_of_its_own_or_is_frozen():
@@ -340,6 +415,10 @@ def begin(flags: list, **changes) -> Cats:
 
 def go_on(last: Path) -> None:
     finetune.main(["--resume", str(last)])
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def part(keypoints: data.KeypointSet, count: int) -> data.KeypointSet:
@@ -418,7 +497,7 @@ class Killed(BaseException):
     """No handler of the program catches this."""
 
 
-def interrupt(monkeypatch, step: int, how: str) -> None:
+def interrupt(monkeypatch, step: int, how: str, number: int = signal.SIGINT) -> None:
     """Kill, or stop as Ctrl-C does, while the loss of a step (from 0, over both phases) is computed."""
     original, calls = finetune.batch_loss, []
 
@@ -427,7 +506,7 @@ def interrupt(monkeypatch, step: int, how: str) -> None:
         if len(calls) == step + 1:
             if how == "kill":
                 raise Killed
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return original(*arguments)
 
     monkeypatch.setattr(finetune, "batch_loss", loss)
@@ -450,7 +529,9 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_ends(
             with pytest.raises(Killed):
                 begin(flags)
         else:
-            begin(flags)
+            with pytest.raises(SystemExit) as stopped:
+                begin(flags)
+            assert stopped.value.code == 130
             assert f"stopped after step 3; go on with --resume {last}" in capsys.readouterr().out
     assert checkpoint(last)["step"] == 3
     assert (tmp_path / "finetune").exists() == (phase == "finetune")
@@ -470,9 +551,20 @@ def test_a_run_killed_before_its_first_step_keeps_the_first_score(whole, labels,
 
 
 def test_a_stop_in_the_last_step_of_the_labels_does_not_start_the_keypoints(labels, tmp_path, monkeypatch):
-    interrupt(monkeypatch, STEPS - 1, "stop")
-    begin([*BOTH, "--pretrain", labels, "--out", tmp_path])
+    interrupt(monkeypatch, STEPS - 1, "stop", signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        begin([*BOTH, "--pretrain", labels, "--out", tmp_path])
+    assert stopped.value.code == 143
     assert not (tmp_path / "finetune" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("phase", ["pretrain", "finetune"])
+def test_a_stop_in_the_very_last_step_is_none(labels, tmp_path, monkeypatch, capsys, phase):
+    interrupt(monkeypatch, STEPS - 1, "stop")
+    data_of = {"pretrain": ["--pretrain", labels, "--dataset", "none"], "finetune": []}
+    begin([*BOTH, *data_of[phase], "--out", tmp_path])
+    assert checkpoint(tmp_path / phase / "last.pt")["step"] == STEPS
+    assert "stopped" not in capsys.readouterr().out
 
 
 def test_a_process_killed_from_outside_goes_on(labels, tmp_path):
@@ -501,11 +593,13 @@ def test_best_is_the_best_of_the_recorded_scores(whole, shapes, labels, semi):
         assert [-step for _, step in scores] == [0, 2, 4] and len({value for value, _ in scores}) > 1
         best = checkpoint(folder / "best.pt")
         assert (best["best"], -best["step"]) == max(scores) and best["phase"] == phase
+        val = as_cats_reads(val, 128)
         found = predict(finetune.load_matcher(str(folder / "best.pt")), val, ["cats"])
         assert score(found["cats"], val)["bbox"]["per_image"][1] == pytest.approx(best["best"])
     first = lines(whole(semi) / "finetune")[0]
-    start = predict(finetune.load_matcher(str(whole(semi) / "pretrain" / "best.pt")), shapes["val"], ["cats"])
-    assert score(start["cats"], shapes["val"])["bbox"]["per_image"] == pytest.approx(first["pck"]["cats"])
+    val = as_cats_reads(shapes["val"], 128)
+    start = predict(finetune.load_matcher(str(whole(semi) / "pretrain" / "best.pt")), val, ["cats"])
+    assert score(start["cats"], val)["bbox"]["per_image"] == pytest.approx(first["pck"]["cats"])
 
 
 def test_losses_and_rates_are_recorded(whole):
@@ -593,6 +687,19 @@ def refused(*arguments: object) -> str:
     ("--dataset shapes --pretrain-epochs 0", "--pretrain-epochs 0: at least 1"),
     ("--dataset shapes --epoch-steps -1", "--epoch-steps -1: not negative"),
     ("--dataset shapes --lr 0", "--lr 0.0: above 0"),
+    ("--dataset shapes --lr nan", "--lr nan: above 0"),
+    ("--dataset shapes --backbone-lr inf", "--backbone-lr inf: not negative"),
+    ("--dataset shapes --backbone-lr=-1e-6", "--backbone-lr -1e-06: not negative"),
+    ("--dataset shapes --size 0", "--size 0: at least 1"),
+    ("--dataset shapes --seed -1", "--seed -1: from 0"),
+    ("--dataset shapes --seed 1180591620717411303424", "--seed 1180591620717411303424: from 0"),
+    ("--dataset shapes --annotated -2", "--annotated -2: not negative"),
+    ("--dataset shapes --accumulate 0", "--accumulate 0: at least 1"),
+    ("--dataset shapes --workers -1", "--workers -1: not negative"),
+    ("--dataset shapes --save-every -1", "--save-every -1: not negative"),
+    ("--dataset shapes --semi --semi-threshold 50", "--semi-threshold 50.0: from 0 to 1"),
+    ("--dataset shapes --semi --semi-keyout 20", "--semi-keyout 20.0: from 0 to 1"),
+    ("--dataset shapes --semi --semi-uncertainty -1", "--semi-uncertainty -1.0: not negative"),
     ("--dataset shapes --size 100", "--size 100: not a multiple"),
     ("--dataset shapes --backbone vgg", "--backbone vgg"),
     ("--dataset shapes --checkpoint absent.pt", "no such checkpoint: absent.pt"),
@@ -600,8 +707,21 @@ def refused(*arguments: object) -> str:
     ("--pretrain absent", "absent"),
     ("--dataset spair --root absent", "absent"),
 ])  # fmt: skip
-def test_bad_options_are_one_line(tmp_path, flags, words):
-    assert words in refused(*SMALL, "--out", tmp_path, *flags.split())
+def test_bad_options_are_one_line_and_write_nothing(tmp_path, flags, words):
+    assert words in refused(*SMALL, "--out", tmp_path / "new", *flags.split())
+    assert not files_in(tmp_path)
+
+
+def test_every_number_of_a_configuration_has_a_range():
+    for field in dataclasses.fields(FinetuneConfig):
+        if field.type in (int, float):
+            flag = "--" + field.name.replace("_", "-")
+            for value in (field.type(-1), float("nan"), float("inf")):
+                with pytest.raises(ValueError, match=f"{flag} "):
+                    finetune.check(FinetuneConfig(dataset="shapes", **{field.name: value}))
+    for name in ("beta", "semi_temperature", "semi_gamma", "heads", "depth", "projection", "log_every"):
+        with pytest.raises(ValueError, match="above 0|at least 1"):
+            finetune.check(FinetuneConfig(dataset="shapes", **{name: 0}))
 
 
 @pytest.mark.parametrize("flags", ["--dataset labels", "--dataset pfwillow", "--preset spair", "--heads 4"])
@@ -621,17 +741,130 @@ def test_help_shows_the_presets_values_and_at_most_32_options(capsys):
     assert {"--preset", "--resume", "--annotated"} <= flags and len(flags) <= 32
 
 
-def test_a_run_goes_on_only_as_it_was_and_from_its_last_checkpoint(whole):
-    last, best = (whole(False) / "finetune" / name for name in ("last.pt", "best.pt"))
+@pytest.fixture
+def stopped(whole, tmp_path) -> Path:
+    """last.pt of a run of both phases that was stopped after four steps of nine on the keypoints."""
+    out = tmp_path / "stopped"
+    shutil.copytree(whole(False), out)
+    for phase, steps in (("pretrain", STEPS), ("finetune", 9)):
+        for file in ("last.pt", "best.pt"):
+            state = checkpoint(out / phase / file)
+            state |= {"steps": steps, "config": state["config"] | {"out": str(out)}}
+            torch.save(state, out / phase / file)
+    return out / "finetune" / "last.pt"
+
+
+def test_a_run_goes_on_only_as_it_was_and_from_its_last_checkpoint(stopped, monkeypatch):
+    last, best = stopped, stopped.with_name("best.pt")
+    before = files_in(last.parents[1])
     assert f"{best} cannot be gone on from: --resume takes last.pt" in refused("--resume", best)
     words = "--resume goes on with the run as it was: --{} cannot change"
     assert words.format("lr") in refused("--resume", last, "--lr", "0.5")
     assert words.format("backbone-lr") in refused("--resume", last, "--backbone-lr", "0")
     assert words.format("semi") in refused("--resume", last, "--semi")
     assert words.format("out") in refused("--resume", last, "--out", "elsewhere")  # best.pt would stay behind
+    for flags in ("--preset shapes", "--checkpoint other.pt", "--seed 6", "--batch 4", "--accumulate 2",
+                  "--augment --size 256", "--no-augment", "--annotated 3", "--epochs 9", "--epoch-steps 3",
+                  "--pretrain-epochs 3", "--dataset spair", "--semi-keyout 0.1", "--levels 0"):
+        name = re.findall(r"--(?:no-)?([\w-]+)", flags)[-1]
+        assert words.format(name) in refused("--resume", last, *flags.split())
+    with monkeypatch.context() as patched:
+        patched.setenv("WORLD_SIZE", "2")
+        assert "by 1 process(es), not by 2" in refused("--resume", last)
+    assert files_in(last.parents[1]) == before
     cfg, resume = parse_config(["--resume", str(last), "--lr", "1e-3", "--workers", "1"])
     before = FinetuneConfig(**checkpoint(last)["config"])
     assert resume == str(last) and cfg == dataclasses.replace(before, workers=1)
+    flags = "--root x --pretrain y --backbone-weights z --device cpu --save-every 7".split()
+    cfg, _ = parse_config(["--resume", str(last), *flags])
+    assert (cfg.root, cfg.pretrain, cfg.backbone_weights, cfg.save_every) == ("x", "y", "z", 7)
+
+
+def test_a_finished_run_or_another_place_is_not_gone_on_from(whole, stopped, tmp_path):
+    done = whole(False) / "finetune" / "last.pt"
+    assert f"--resume {done}: this run has finished its 4 steps" in refused("--resume", done)
+    first = stopped.parents[1] / "pretrain" / "last.pt"
+    words = f"--resume {first}: the run has come further, go on with --resume {stopped}"
+    assert words in refused("--resume", first)
+    shutil.copy(stopped, tmp_path / "copy.pt")
+    words = f"--resume {tmp_path / 'copy.pt'}: this run's own checkpoint is {stopped}"
+    assert words in refused("--resume", tmp_path / "copy.pt")
+
+
+def test_a_run_does_not_go_on_with_other_pairs(stopped):
+    words = "finetune on shapes train takes 4 steps here, not 9: other pairs"
+    before = files_in(stopped.parents[1])
+    assert words in refused("--resume", stopped)
+    assert files_in(stopped.parents[1]) == before
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("phase", 3, "its phase is a int"), ("phase", "sleep", "this run's own checkpoint is"),
+    ("steps", None, "its steps is a NoneType"), ("best", "high", "its best is a str"),
+    ("processes", "one", "its processes is a str"), ("optimizer", [], "its optimizer is a list"),
+    ("optimizer", {}, "its optimizer does not fit"), ("step", "3", "its step is a str"),
+    ("model", {}, "does not fit --backbone or --levels"), ("config", [], "its config is a list"),
+])  # fmt: skip
+def test_a_damaged_checkpoint_is_one_line_that_names_it(stopped, name, value, words):
+    state = checkpoint(stopped)
+    torch.save(state | {"steps": 4, "step": 3} | {name: value}, stopped)
+    before = files_in(stopped.parents[1])
+    said = refused("--resume", stopped)
+    assert str(stopped) in said and words in said
+    assert files_in(stopped.parents[1]) == before
+
+
+def test_a_folder_with_a_run_in_it(whole, stopped, tmp_path, monkeypatch):
+    """A stopped run is never replaced; a finished one only if the command names its folder."""
+    monkeypatch.chdir(tmp_path)
+    out = stopped.parents[1]
+    before = files_in(out)
+    said = refused(*SMALL, "--dataset", "shapes", "--out", out)
+    assert said == (f"error: {out} holds a run that was stopped: go on with --resume {stopped}, or give"
+                    " another --out")
+    assert files_in(out) == before
+    monkeypatch.setitem(finetune.PRESETS, "shapes", {"out": "runs/mine"})
+
+    def chosen(*flags: object) -> str:
+        return parse_config(["--dataset", "shapes", *map(str, flags)])[0].out
+
+    assert chosen() == "runs/mine" and chosen("--out", "else") == "else"
+    for number, name in enumerate(("mine", "mine-2"), 2):
+        shutil.copytree(whole(False), tmp_path / "runs" / name)
+        assert chosen() == f"runs/mine-{number}" and chosen("--out", "runs/mine") == "runs/mine"
+    (tmp_path / "runs" / "mine-3" / "finetune").mkdir(parents=True)
+    damaged = {"program": "experiments.finetune", "model": {}, "config": []}
+    torch.save(damaged, tmp_path / "runs" / "mine-3" / "finetune" / "last.pt")
+    with pytest.raises(ValueError, match="mine-3/finetune/last.pt is damaged: its config is a list"):
+        chosen()
+    # of two phases the second has not begun
+    shutil.rmtree(tmp_path / "runs" / "mine" / "finetune")
+    with pytest.raises(ValueError, match="go on with --resume runs/mine/pretrain/last.pt"):
+        chosen()
+
+
+def test_a_run_replaces_a_finished_one_with_all_its_phases(whole, labels, tmp_path, monkeypatch):
+    """Killed on the labels, it must not be taken for one that has come further."""
+    out = tmp_path / "out"
+    shutil.copytree(whole(False), out)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        interrupt(patched, 3, "kill")
+        begin([*BOTH, "--pretrain", labels, "--out", out])
+    assert checkpoint(out / "pretrain" / "last.pt")["step"] == 3
+    assert not [file for file in files_in(out / "finetune") if file.endswith(".pt")]
+    go_on(out / "pretrain" / "last.pt")
+    assert_equal_runs(out / "finetune", whole(False) / "finetune")
+
+
+def test_what_cannot_be_trained_leaves_a_finished_run_alone(whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole(False), out)
+    before = files_in(out)
+    for flags in ("--dataset shapes --lr -1", "--dataset shapes --size 100", "--dataset spair --root gone",
+                  "--dataset shapes --checkpoint gone.pt", "--pretrain gone --dataset shapes",
+                  "--dataset shapes --backbone vgg", "--dataset shapes --annotated 99"):
+        refused(*SMALL, *flags.split(), "--out", out)
+        assert files_in(out) == before
 
 
 def test_a_checkpoint_has_to_fit(whole, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Matching two pictures of one's own: support/match.py through `python pixel_stage.py`."""
 
+import errno
+import os
 import re
 import subprocess
 import sys
@@ -32,6 +34,7 @@ def trained(tmp_path_factory) -> Path:
     images = Shapes("test")
     for k in range(2):
         images.load(k)[0].resize((150 - 30 * k, 100)).save(folder / f"{k}.png")
+    Image.new("L", (90, 120), 77).save(folder / "map.png")
     return folder
 
 
@@ -72,6 +75,10 @@ def test_the_door_of_pixel_stage_py_hands_in_the_cascade(trained, capsys):
     (["0.png", "1.png", "--points", "40;52"], "write a point as x,y"),
     (["0.png", "absent.png"], "no such image"),
     (["0.png", "last.pt"], "cannot read image"),
+    (["0.png", "1.png", "--count", "0"], "--count 0: at least 1"),
+    (["0.png", "1.png", "--count", "-3"], "--count -3: at least 1"),
+    (["0.png", "1.png", "--points", "nan,5"], "--points nan,5: outside the source image"),
+    (["0.png", "1.png", "--saliency", "map.png", "map.png"], "map.png of 90x120 px does not fit image"),
     (["0.png", "1.png", "--checkpoint", "two/last.pt"], "was trained without a pixel stage (--stages 2)"),
 ])  # fmt: skip
 def test_matching_refuses_in_one_line(trained, arguments, words):
@@ -79,6 +86,29 @@ def test_matching_refuses_in_one_line(trained, arguments, words):
     out = run(arguments[0], "--checkpoint", trained / "last.pt", *arguments[1:], "--out", trained / "x.png")
     assert out.returncode == 1 and words in out.stderr and "Traceback" not in out.stderr
     assert len(out.stderr.splitlines()) == 1 and not (trained / "x.png").exists()
+
+
+def test_a_picture_is_written_whole_or_not_at_all(trained, monkeypatch, tmp_path):
+    def full(*names):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "m.png").write_text("from before")
+    line = [trained / "0.png", trained / "1.png", "--checkpoint", trained / "last.pt", "--device", "cpu"]
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(SystemExit) as error:
+        main([*map(str, line), "--out", str(tmp_path / "m.png")], load_cascade)
+    words = "No space left on device; what was finished before is kept"
+    assert str(error.value) == f"error: cannot write {tmp_path / 'm.png'}: {words}"
+    assert [p.name for p in tmp_path.iterdir()] == ["m.png"]
+    assert (tmp_path / "m.png").read_text() == "from before"
+
+
+@pytest.mark.parametrize("ending", ["jpg", "JPEG", "png", "bmp", "webp"])
+def test_pictures_of_every_ending_are_written(trained, tmp_path, ending):
+    line = [trained / "0.png", trained / "1.png", "--checkpoint", trained / "last.pt", "--device", "cpu"]
+    main([*map(str, line), "--out", str(tmp_path / f"m.{ending}")], load_cascade)
+    with Image.open(tmp_path / f"m.{ending}") as page:
+        assert page.format == {"jpg": "JPEG"}.get(ending, ending.upper())
 
 
 def test_parse_points_reads_x_then_y():

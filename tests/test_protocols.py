@@ -20,7 +20,7 @@ from PIL import Image
 from data import KeypointPair, KeypointSet
 from evaluate import predict, right_points, score
 from experiments import peers
-from experiments.cats import Cats
+from experiments.cats import Cats, as_cats_reads
 from experiments.finetune import PROGRAM, FinetuneConfig
 from experiments.peers import PROTOCOLS, print_paper
 from modules import Features
@@ -38,7 +38,7 @@ class Pictures:
     """Images of given sizes in the place of an ImageSet."""
 
     def __init__(self, sizes: list[tuple[int, int]]) -> None:
-        self.sizes = sizes
+        self.sizes, self.size = sizes, sizes.__getitem__
 
     def load(self, index: int) -> tuple[Image.Image, None]:
         return Image.new("RGB", self.sizes[index]), None
@@ -91,18 +91,19 @@ def own_pixels(scene: dict, pred: list, rule: str, alpha: float, side: str,
     return within(pred, scene[f"{side}_kps"], alpha * d, strict)
 
 
-def squashed(scene: dict, pred: list, rule: str, alpha: float, side: str, width: int, height: int,
-             pad: float | None = None) -> list[bool]:
-    """DHPF, CATs and their kin: points, predictions and box in the squashed image."""
+def squashed(scene: dict, pred: list, rule: str, alpha: float, side: str, answer: str, width: int,
+             height: int, pad: float | None = None) -> list[bool]:
+    """DHPF, CATs and their kin: points, predictions and box in the squashed image; d is the side's."""
     size, (x0, y0, x1, y1) = scene[f"{side}_size"], scene[f"{side}_box"]
-    truth = squash(scene[f"{side}_kps"], size, width, height)
+    points = squash(scene[f"{side}_kps"], size, width, height)
     if rule == "img":
         d = max(width, height)
     elif scene["willow"]:
-        d = longer_side(truth) if pad is None else padded_longer_side(truth, pad)
+        d = longer_side(points) if pad is None else padded_longer_side(points, pad)
     else:
         d = max((x1 - x0) * width / size[0], (y1 - y0) * height / size[1])
-    return within(squash(pred, size, width, height), truth, alpha * d)
+    pred, truth = (squash(p, scene[f"{answer}_size"], width, height) for p in (pred, scene[f"{answer}_kps"]))
+    return within(pred, truth, alpha * d)
 
 
 # name: (side of the threshold, width and height of the squashed image, padding, strict, whole query pixels)
@@ -124,21 +125,24 @@ PEERS = {
     "vat": ("src", (512, 512), -1, False, True),
     "cats++": ("src", (512, 512), -1, False, True),
     "actr": ("src", (512, 512), -1, False, True),
+    "sd4match": ("trg", (768, 768), None, False, False),
+    "sd4match-ori": ("trg", None, None, False, False),
 }
 OTHER = {"src": "trg", "trg": "src"}
+ANSWER = {name: row[0] for name, row in PEERS.items()} | {"actr": "trg"}  # where points are compared
 
 
 def literal(name: str, scene: dict, pred: list, rule: str, alpha: float) -> list[bool]:
     side, frame, pad, strict, _ = PEERS[name]
     if frame is None:
         return own_pixels(scene, pred, rule, alpha, side, strict)
-    return squashed(scene, pred, rule, alpha, side, *frame, pad)
+    return squashed(scene, pred, rule, alpha, side, ANSWER[name], *frame, pad)
 
 
 def literal_query(name: str, scene: dict) -> list:
     """The points that are asked for, in pixels of their image: as they are, or in whole squashed pixels."""
-    side, frame, _, _, whole = PEERS[name]
-    points, size = scene[f"{OTHER[side]}_kps"], scene[f"{OTHER[side]}_size"]
+    _, frame, _, _, whole = PEERS[name]
+    points, size = (scene[f"{OTHER[ANSWER[name]]}_{what}"] for what in ("kps", "size"))
     if not whole:
         return points
     asked = []
@@ -166,7 +170,7 @@ def guesses(keypoints: KeypointSet, name: str) -> list[torch.Tensor]:
     """Predictions 0 to 0.3 of the answer image off, in its pixels."""
     found = []
     for pair in keypoints.pairs:
-        truth, index = (pair.src_kps, pair.src) if PEERS[name][0] == "src" else (pair.trg_kps, pair.trg)
+        truth, index = (pair.src_kps, pair.src) if ANSWER[name] == "src" else (pair.trg_kps, pair.trg)
         reach = 0.3 * torch.rand(len(truth), 1) * torch.tensor(keypoints.size(index))
         found.append(truth + reach * torch.nn.functional.normalize(torch.randn(len(truth), 2)))
     return found
@@ -213,7 +217,7 @@ def test_points_are_asked_for_as_the_peer_asks(name):
     outside = torch.tensor([[-7.3, 50.5], [-0.4, -0.4], [999.0, 20.9], [33.99, 500.0]])
     for number, pair in enumerate(keypoints.pairs[:3]):
         keypoints.pairs[number] = pair._replace(src_kps=outside, trg_kps=outside.flip(1))
-    swap, whole, moved = PEERS[name][0] == "src", PEERS[name][4], 0.0
+    swap, whole, moved = ANSWER[name] == "src", PEERS[name][4], 0.0
     tasks = PROTOCOLS[name](keypoints, "bbox").pairs
     for number, (pair, task) in enumerate(zip(keypoints.pairs, tasks, strict=True)):
         (src, trg, src_kps, trg_kps), asked = pair[:4], literal_query(name, scene_of(keypoints, number))
@@ -240,6 +244,20 @@ def test_the_truncation_of_inner_points_moves_them_by_less_than_a_pixel_of_the_f
         assert not moves.any()
 
 
+def test_actr_asks_the_source_and_takes_d_from_it():
+    """By hand: a source of 256 x 128 px, a target of 1024 x 512, frame 512: scales 2, 4 and 0.5, 1."""
+    kps, found = torch.tensor([[10.7, 20.0], [50.0, 100.4]]), torch.tensor([[300.0, 200.0], [500.0, 400.0]])
+    boxes = (10.0, 20.0, 60.0, 110.0), (0.0, 0.0, 1000.0, 500.0)
+    for willow, d in ((True, 4 * 100.4 + 1), (False, 4 * 90.0)):  # the padded points; the box
+        pair = KeypointPair(0, 1, kps, found, "a", *boxes)
+        name = "PF-WILLOW" if willow else "SPair-71k test"
+        keypoints = KeypointSet(name, Pictures([(256, 128), (1024, 512)]), [pair])
+        (task,) = PROTOCOLS["actr"](keypoints).pairs
+        assert (task.src, task.trg) == (0, 1) and torch.equal(task.trg_kps, found)
+        assert task.src_kps.tolist() == [[10.5, 20.0], [50.0, 100.25]]  # 21.4, 80 and 100, 401.6, cut off
+        assert task.d == pytest.approx(d) and task.scale == (0.5, 1.0)
+
+
 @pytest.mark.parametrize("willow", [False, True])
 @pytest.mark.parametrize("rule", ["bbox", "img"])
 @pytest.mark.parametrize("name", PEERS)
@@ -259,7 +277,9 @@ def test_a_point_on_the_threshold_is_right_unless_the_peer_is_strict(name, rule,
         box = (16.0, 8.0, 40.0, 30.0)
     else:
         d = max(48 * sx, 28 * sy)
-    ends = [(truth, box, (width, height)), (other, other_box, (31, 47))]
+    ends, same = [(truth, box, (width, height)), (other, other_box, (31, 47))], ANSWER[name] == side
+    if not same:  # d is of the image that is asked from; as large as the one that is compared in
+        ends[1] = (other, other_box, (width, height))
     if side == "trg":
         ends.reverse()
     (src_kps, src_box, src_size), (trg_kps, trg_box, trg_size) = ends
@@ -268,7 +288,7 @@ def test_a_point_on_the_threshold_is_right_unless_the_peer_is_strict(name, rule,
     keypoints = KeypointSet(name_of_set, Pictures([src_size, trg_size]), [pair])
     dx, dy = 0.125 * d / sx, 0.125 * d / sy
     for factor, expected in ((1.0, not strict), (1 - 2**-12, True), (1 + 2**-12, False)):
-        pred = truth + factor * torch.tensor([[dx, 0.0], [-dx, 0.0], [0.0, dy], [0.0, -dy]])
+        pred = (truth if same else other) + factor * torch.tensor([[dx, 0], [-dx, 0], [0, dy], [0, -dy]])
         table = score([pred], PROTOCOLS[name](keypoints, rule), (0.125, 0.0625, 0.25), rule, strict)
         assert table[rule]["per_point"] == [100.0 * expected, 0.0, 100.0], factor
 
@@ -331,7 +351,8 @@ class FakeCascade:
 @pytest.fixture
 def numbered():
     """Six images of different shapes, image k of red value 20 k, and five pairs."""
-    images = SimpleNamespace(load=lambda k: (Image.new("RGB", SIZES[k], (20 * k, 90, 10)), None))
+    images = SimpleNamespace(size=SIZES.__getitem__)
+    images.load = lambda k: (Image.new("RGB", SIZES[k], (20 * k, 90, 10)), None)
     pairs = []
     for (src, trg), n in zip([(0, 1), (1, 3), (3, 0), (4, 5), (5, 0)], (3, 6, 1, 2, 5)):
         kps = [torch.rand(n, 2) * torch.tensor(SIZES[index]) for index in (src, trg)]
@@ -365,7 +386,8 @@ def test_a_protocol_that_swaps_has_target_points_found_in_the_source(numbered):
 
 
 def test_protocols_of_one_direction_share_their_predictions(numbered):
-    forward, back = ("target", "padded", "dhpf", "chm", "mmnet", "geoaware"), ("densematching", "ncnet")
+    forward = ("target", "padded", "dhpf", "chm", "mmnet", "geoaware", "sd4match", "sd4match-ori")
+    back = ("densematching", "ncnet")
     for names in (forward, back, ("cats", "scorrsan")):
         found = [predicted(numbered, name) for name in names]
         for other in found[1:]:
@@ -385,18 +407,21 @@ def run_peers(monkeypatch, tmp_path):
 
 
 def test_protocols_are_scored_one_after_another_each_under_its_own_header(run_peers, capsys, tmp_path):
-    names = ["cats", "proposalflow", "mmnet", "cats"]
+    names = ["cats", "proposalflow", "mmnet", "actr", "sd4match", "cats"]
     run_peers("--baseline", "nn", "--protocol", *names, "--thres", "img", "--json", tmp_path / "out.json")
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("protocol ")] == [
         "protocol cats: target to source, d of the source, squashed to 256x256, <= alpha d",
         "protocol proposalflow: source to target, d of the target, own pixels, < alpha d",
         "protocol mmnet: source to target, d of the target, squashed to 320x224, <= alpha d",
+        "protocol actr: source to target, d of the source, squashed to 512x512, <= alpha d",
+        "protocol sd4match: source to target, d of the target, squashed to 768x768, <= alpha d",
     ]
-    assert sum("pairs/s" in line for line in lines) == 2  # proposalflow and mmnet ask for the same points
+    # proposalflow, mmnet and sd4match ask for the same points
+    assert sum("pairs/s" in line for line in lines) == 3
     scores = json.loads((tmp_path / "out.json").read_text())["scores"]
     cascade = Cascade(Config(**PRESETS["quick"])).eval()
-    assert list(scores) == names[:3]
+    assert list(scores) == names[:5]
     for name, table in scores.items():
         asked = PROTOCOLS[name](shapes_pairs("test"), "img")
         expected = score(predict(cascade, asked, ["nn"], quiet=True)["nn"], asked, rule="img")["img"]
@@ -426,6 +451,8 @@ def test_padded_rules_are_named_so_on_pfwillow_alone(capsys):
         ("PF-WILLOW", "bbox", "dhpf", "bbox-padded"),
         ("PF-WILLOW", "img", "dhpf", "img"),
         ("PF-WILLOW", "bbox", "densematching", "bbox"),
+        ("PF-WILLOW", None, "actr", "bbox-padded"),
+        ("PF-WILLOW", None, "sd4match", "bbox"),
         ("PF-PASCAL test", "bbox", "dhpf", "bbox"),
         ("shapes test", None, "padded", "bbox"),
     ):
@@ -447,14 +474,14 @@ def test_a_cats_checkpoint_is_scored_by_every_protocol(run_peers, tmp_path):
     torch.manual_seed(0)
     cats = Cats(FinetuneConfig(backbone="random_vit8", levels="0", size=64, projection=8)).eval()
     state = {"program": PROGRAM, "model": cats.state_dict(), "config": dataclasses.asdict(cats.cfg)}
-    torch.save(state, tmp_path / "best.pt")
+    torch.save(state | {"step": 0}, tmp_path / "best.pt")
     names, place = ["cats", "target"], tmp_path / "out.json"
     run_peers("--checkpoint", tmp_path / "best.pt", "--protocol", *names, "--json", place)
     report = json.loads(place.read_text())
     assert (report["backbone"], report["levels"], report["size"]) == ("random_vit8", "0", 64)
     assert list(report["scores"]) == names
     for name in names:
-        asked = PROTOCOLS[name](shapes_pairs("test"))
+        asked = as_cats_reads(PROTOCOLS[name](shapes_pairs("test")), 64)
         expected = score(predict(cats, asked, ["cats"], quiet=True)["cats"], asked)
         found = report["scores"][name]["cats"]["bbox"]["per_image"]
         assert found == pytest.approx(expected["bbox"]["per_image"], abs=1e-3)
@@ -462,7 +489,7 @@ def test_a_cats_checkpoint_is_scored_by_every_protocol(run_peers, tmp_path):
 
 def test_options_of_a_cascade_are_refused_for_cats(run_peers, tmp_path):
     torch.save({"model": {}, "config": {}, "program": PROGRAM}, tmp_path / "best.pt")
-    for option in (["--stage", "pixel"], ["--baseline", "nn"], ["--size", "64"], ["--dense"]):
+    for option in (["--stage", "pixel"], ["--baseline", "nn"], ["--baseline"], ["--size", "64"], ["--dense"]):
         with pytest.raises(ValueError, match=f"holds CATs: {option[0]} does not apply"):
             run_peers("--checkpoint", tmp_path / "best.pt", *option)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from experiments import semimatch
 from experiments.semimatch import PseudoLabels, SemiConfig, contrastive_loss, key_out, pseudo_labels, warp
-from support.options import option_help
+from support.options import fields_with_groups
 
 IDENTITY = torch.tensor([[1.0, 0, 0], [0, 1, 0]])
 STILL = torch.zeros(9, 2)
@@ -156,7 +156,8 @@ def test_defaults_are_the_supplements_and_every_option_has_its_help():
     assert (cfg.semi_photometric, cfg.semi_keyout) == (0.2, 0.2)
     assert (cfg.semi_temperature, cfg.semi_weight) == (0.1, 0.5)
     assert (cfg.semi, cfg.semi_dynamic, cfg.semi_blur) == (False, True, True)
-    assert option_help(SemiConfig).keys() == {field.name for field in dataclasses.fields(SemiConfig)}
+    helps = {name: text for name, (_, text) in fields_with_groups(SemiConfig).items()}
+    assert all(helps[field.name] for field in dataclasses.fields(SemiConfig))
 
 
 # ------------------------------------------------------------------------------------------------------------
