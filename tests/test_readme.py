@@ -78,5 +78,8 @@ def test_the_readme_is_one_page_and_leads_to_every_other():
 
 def test_it_names_the_eight_files_in_reading_order():
     eight = ("modules", "image_stage", "region_stage", "pixel_stage", "data", "train", "label", "evaluate")
-    rows = re.findall(r"^\| `(\w+)\.py` \|", PAGES["README.md"], re.MULTILINE)
-    assert sorted(rows) == sorted(eight) and rows[0] == "modules"
+    rows = re.findall(r"^\| `(\w+)\.py` \| (\d+) \|", PAGES["README.md"], re.MULTILINE)
+    assert sorted(name for name, _ in rows) == sorted(eight) and rows[0][0] == "modules"
+    for name, count in rows:
+        lines = len((ROOT / f"{name}.py").read_text().splitlines())
+        assert abs(lines - int(count)) <= 0.05 * lines, f"{name}.py has {lines} lines"
