@@ -55,6 +55,13 @@ def read_map(table: list, x: float, y: float) -> tuple[float, float]:
     return u, v
 
 
+def test_what_the_paper_gives_is_the_default():
+    """Sections 3.4 and 3.5: 100 loops an image, the top 30 %, 7 pairs an image, 32 points a pair."""
+    cfg = LabelConfig()
+    assert (cfg.loops, cfg.keep, cfg.pairs, cfg.points) == (100, 0.3, 7, 32)
+    assert cfg.clique_size == 12 and not cfg.detector  # 11 * 10 loops
+
+
 def test_clique_errors_equal_those_of_one_loop_at_a_time(monkeypatch):
     cascade, clique = random_clique(5)
     h, w = clique.feats.grid

@@ -2,6 +2,7 @@
 refused."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from train import (
     MOMENTUM,
     Cascade,
     Config,
+    batches,
     build_optimizer,
     learning_rate,
     load_cascade,
@@ -197,6 +199,16 @@ def test_resume_refuses_whatever_would_change_the_numbers(tmp_path, monkeypatch)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"by 1 process\(es\), not by 2"):
         parse_config(["--resume", last])
+
+
+def test_a_resumed_run_begins_with_the_micro_batch_that_comes_next(monkeypatch):
+    """Step 3 of two micro-batches each, alone and as the second of two processes, in the one sequence."""
+    cfg, images, cpu = Config(size=16, batch=2, accumulate=2), Shapes("train", False), torch.device("cpu")
+    every = list(itertools.islice(batches(cfg, images, 8, 0, cpu), 14))
+    assert torch.equal(next(batches(cfg, images, 8, 3, cpu))["src_img"], every[3 * 2]["src_img"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert torch.equal(next(batches(cfg, images, 8, 3, cpu))["src_img"], every[3 * 2 * 2 + 1]["src_img"])
 
 
 def test_only_a_constant_rate_may_be_followed_for_longer(tmp_path):
