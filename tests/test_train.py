@@ -47,6 +47,12 @@ SMALL = (
 ).split()
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """What a checkout's own runs/ holds must not matter."""
+    monkeypatch.chdir(tmp_path)
+
+
 def run(*arguments: str, launcher: tuple[str, ...] = (), **options) -> subprocess.CompletedProcess:
     """A command line of the project, from its folder."""
     command = [sys.executable, *launcher, *map(str, arguments)]
