@@ -13,6 +13,7 @@ uninterrupted one.
 
 import argparse
 import dataclasses
+import itertools
 import math
 import signal
 import sys
@@ -296,9 +297,12 @@ def prepare_run(cascade: Cascade, images: data.ImageSet,
                 resume: str | None) -> tuple[torch.optim.Optimizer, int]:
     """Weights and optimiser as a run starts or goes on with them; returns the optimiser and the step."""
     cfg, stages = cascade.cfg, STAGES[: cascade.cfg.stages]
-    if cfg.stages >= 2 and cfg.size < REGION * cascade.backbone.patch:
+    patch = cascade.backbone.patch
+    if cfg.size % patch:
+        raise ValueError(f"--size {cfg.size}: not a multiple of the backbone's patch of {patch} px")
+    if cfg.stages >= 2 and cfg.size < REGION * patch:
         raise ValueError(f"--size {cfg.size}: the image has fewer cells than a region of {REGION}x{REGION};"
-                         f" raise --size to {REGION * cascade.backbone.patch} or more")
+                         f" raise --size to {REGION * patch} or more")
     for stage in stages:
         getattr(cascade, stage).requires_grad_(cfg.only in (None, stage))
     optimizer = build_optimizer(cascade)
@@ -372,6 +376,7 @@ def train(cfg: Config, resume: str | None = None, build: Callable[[Config], Casc
     optimizer, start = prepare_run(cascade, images, resume)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     loader, skipped = batches(cfg, images, cascade.backbone.patch, start, device), set()
+    loader = itertools.chain([next(loader)], loader)  # what cannot be read shows before anything is written
     if chief:
         run.print_header(cfg, device)
         print(f"{len(images)} images of {len(images.classes)} classes,"

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import os
 import re
+import warnings
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -32,7 +33,8 @@ def read_weights(origin: str, what: str, way_out: str, file_name: str | None = N
     """
     path, temporary = Path(origin), None
     # A full iBOT checkpoint stores its argparse.Namespace: a plain record, safe to admit.
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the refusal is one line
         try:
             if "://" in origin:
                 path = Path(torch.hub.get_dir(), "checkpoints", file_name or Path(urlparse(origin).path).name)
@@ -120,6 +122,7 @@ def read_checkpoint(path: str, cls: type, program: str) -> dict:
     kinds = {name: (float, int) if type(value) is float else type(value)
              for name, value in dataclasses.asdict(cls()).items() if value is not None}
     check_record(path, state["config"], kinds)
-    if wrong := [name for name, value in state["model"].items() if not isinstance(value, Tensor)]:
-        raise ValueError(f"{path} is damaged: its {wrong[0]} is no tensor")
+    for name, value in state["model"].items():
+        if not isinstance(value, Tensor) or not value.isfinite().all():
+            raise ValueError(f"{path} is damaged: its {name} is no tensor of finite values")
     return state

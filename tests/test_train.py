@@ -251,6 +251,7 @@ def test_a_folder_keeps_the_run_that_it_holds(tmp_path, monkeypatch):
         ["--lr", "-1"],
         ["--val", "pfwillow", "--val-root", "nowhere"],
         ["--batch", "9999"],
+        ["--size", "63"],
         ["--weights", "absent.pth"],
     ):
         with pytest.raises(SystemExit):
@@ -528,7 +529,8 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it(tmp_path, capsys):
     key = next(iter(whole["model"]))
     for changes, words in (
         ({"model": [1]}, "its model is a list"),
-        ({"model": whole["model"] | {key: "no weights"}}, f"its {key} is no tensor"),
+        ({"model": whole["model"] | {key: "no weights"}}, f"its {key} is no tensor of finite"),
+        ({"model": whole["model"] | {key: whole["model"][key] * torch.nan}}, f"its {key} is no tensor"),
         ({"model": {k: v for k, v in whole["model"].items() if k != key}}, "does not fit the image stage"),
         ({"config": whole["config"] | {"size": "64"}}, "its size is a str"),
         (
