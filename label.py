@@ -571,11 +571,11 @@ def main(argv: list[str] | None = None) -> dict:
     check_places(Path(cfg.out))
     cascade, images = load(cfg)
     cfg = dataclasses.replace(cfg, size=cascade.cfg.size)
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
     rank = shards.connect()
 
     members = choose_classes(images, cfg.drop_classes)
     check_sizes(cfg, {images.classes[k]: share_of(cfg.keep, len(some)) for k, some in members.items()})
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
     singles = detect(cfg, images, members) if cfg.detector else Singles(members, {}, {})
     settings = settings_of(cfg, images, singles)
     measured = measure_loops(cfg, cascade, images, singles, settings)
