@@ -121,6 +121,12 @@ def open_with_map(path: str | Path, place: str | Path | None, rescale: bool = Tr
     return image, saliency
 
 
+def check_size(size: int, patch: int) -> None:
+    """ValueError for an input side that does not hold whole patches."""
+    if size % patch:
+        raise ValueError(f"--size {size}: not a multiple of the backbone's patch of {patch} px")
+
+
 def prepare(image: Image.Image, saliency: Image.Image | None, size: int, patch: int, box: Box | None = None,
             mirror: bool = False) -> tuple[Tensor, Tensor | None]:
     """A view of an image as the backbone wants it, and of its saliency map in cells.
@@ -129,8 +135,7 @@ def prepare(image: Image.Image, saliency: Image.Image | None, size: int, patch: 
     Returns the normalised image (3, size, size) and the map (size/patch, size/patch), the mean over each
     cell, or None. Raises ValueError if the size is not a multiple of the patch.
     """
-    if size % patch:
-        raise ValueError(f"--size {size}: not a multiple of the backbone's patch of {patch} px")
+    check_size(size, patch)
     box = box or (0, 0, *image.size)
     array = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box), np.float32) / 255
     tensor, cells = torch.from_numpy((array - np.float32(MEAN)) / np.float32(STD)).permute(2, 0, 1), None
@@ -186,13 +191,15 @@ class ImageSet:
 
     def load(self, index: int) -> tuple[Image.Image, Image.Image | None]:
         """RGB image and its saliency map (mode F, [0, 1]) or None; ValueError names a file it cannot read."""
-        path, place = self.paths[index], None
-        if self.saliency:
-            place = Path(self.saliency, self.classes[self.labels[index]], f"{path.stem}_sal.png")
-        image, saliency = open_with_map(path, place, self.rescale, self.upright)
+        image, saliency = open_with_map(self.paths[index], self.map_path(index), self.rescale, self.upright)
         if index in self.mirrored:
             return ImageOps.mirror(image), saliency and ImageOps.mirror(saliency)
         return image, saliency
+
+    def map_path(self, index: int) -> Path | None:
+        """Where an image's saliency map lies; None without a folder of maps."""
+        name = f"{self.paths[index].stem}_sal.png"
+        return Path(self.saliency, self.classes[self.labels[index]], name) if self.saliency else None
 
     def size(self, index: int) -> tuple[int, int]:
         """(W, H) of what `load` gives, without decoding it."""
@@ -275,7 +282,7 @@ class TrainPairs(Dataset):
         self.images, self.size, self.patch, self.augment, self.seed = images, size, patch, augment, seed
 
     def read(self, src: int, trg: int) -> tuple[list[tuple], list[str]]:
-        """(image, saliency map) of both ends, none if the class has no two such images; and a line an
+        """(image, saliency map) of both ends, none if the class has no two such images; and a line for each
         unreadable file.
 
         What takes an unreadable image's place is of its class, and never the other end.
@@ -297,8 +304,8 @@ class TrainPairs(Dataset):
         return found, skipped
 
     def __getitem__(self, key: tuple[int, int, int, int]) -> dict:
-        """Both views (3, S, S), both maps (h, w) or empty, their class, and a line a file or class passed
-        over.
+        """Both views (3, S, S), both maps (h, w) or empty, their class, and a line for each file or class
+        passed over.
 
         A class without two readable images is left out: another class takes its place.
         """

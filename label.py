@@ -545,8 +545,7 @@ def load(cfg: LabelConfig) -> tuple[Cascade, data.ImageSet]:
     cascade = load_cascade(cfg.checkpoint, cfg.weights, find_device(cfg.device), **overrides)
     if cascade.cfg.final_stage == "region":
         raise ValueError(f"{cfg.checkpoint} ends with the region stage, which has no volume of whole images")
-    if (size := cascade.cfg.size) % (patch := cascade.backbone.patch):
-        raise ValueError(f"--size {size}: not a multiple of the backbone's patch of {patch} px")
+    data.check_size(cascade.cfg.size, cascade.backbone.patch)
     source = {"dataset": cfg.dataset, "root": cfg.root, "saliency": cfg.saliency}
     return cascade, training_set(dataclasses.replace(cascade.cfg, **source))
 

@@ -13,7 +13,6 @@ uninterrupted one.
 
 import argparse
 import dataclasses
-import itertools
 import math
 import signal
 import sys
@@ -26,7 +25,6 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
@@ -298,8 +296,7 @@ def prepare_run(cascade: Cascade, images: data.ImageSet,
     """Weights and optimiser as a run starts or goes on with them; returns the optimiser and the step."""
     cfg, stages = cascade.cfg, STAGES[: cascade.cfg.stages]
     patch = cascade.backbone.patch
-    if cfg.size % patch:
-        raise ValueError(f"--size {cfg.size}: not a multiple of the backbone's patch of {patch} px")
+    data.check_size(cfg.size, patch)
     if cfg.stages >= 2 and cfg.size < REGION * patch:
         raise ValueError(f"--size {cfg.size}: the image has fewer cells than a region of {REGION}x{REGION};"
                          f" raise --size to {REGION * patch} or more")
@@ -357,8 +354,7 @@ def batches(cfg: Config, images: data.ImageSet, patch: int, start: int,
     rank, world = run.processes()
     stream = data.PairStream(images, cfg.batch, cfg.seed, start * cfg.accumulate * world, rank, world)
     couples = data.TrainPairs(images, cfg.size, patch, cfg.augment, cfg.seed)
-    return iter(DataLoader(couples, batch_sampler=stream, num_workers=cfg.workers,
-                           pin_memory=device.type == "cuda", worker_init_fn=run.leave_signals))
+    return run.endless(couples, stream, cfg.workers, device)
 
 
 def train(cfg: Config, resume: str | None = None, build: Callable[[Config], Cascade] = Cascade) -> Cascade:
@@ -376,7 +372,6 @@ def train(cfg: Config, resume: str | None = None, build: Callable[[Config], Casc
     optimizer, start = prepare_run(cascade, images, resume)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     loader, skipped = batches(cfg, images, cascade.backbone.patch, start, device), set()
-    loader = itertools.chain([next(loader)], loader)  # what cannot be read shows before anything is written
     if chief:
         run.print_header(cfg, device)
         print(f"{len(images)} images of {len(images.classes)} classes,"

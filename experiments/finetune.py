@@ -27,7 +27,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
@@ -38,7 +37,7 @@ from experiments.views import KeypointViews
 from modules import Features
 from support import run
 from support.benchmarks import DATASETS
-from support.files import check_record, load_optimizer, read_checkpoint, read_state, write_whole
+from support.files import check_record, load_optimizer, read_checkpoint, write_whole
 from support.options import ABOVE_0, AT_LEAST_1, SEEDS, SHARE, add_options, check_ranges
 from train import measure
 
@@ -221,8 +220,7 @@ def batches(
     rank, world = run.processes()
     views = KeypointViews(phase.train, phase.numbers, cfg, patch)
     stream = data.PairStream(views, cfg.batch, cfg.seed, start * cfg.accumulate * world, rank, world)
-    return iter(DataLoader(views, batch_sampler=stream, num_workers=cfg.workers,
-                           pin_memory=device.type == "cuda", worker_init_fn=run.leave_signals))
+    return run.endless(views, stream, cfg.workers, device)
 
 
 def save(path: Path, matcher: Cats, phase: Phase, step: int, best: float,
@@ -370,19 +368,11 @@ def finetune(cfg: FinetuneConfig, resume: str | None = None) -> Cats:
 # Command line
 
 
-def free_folder(out: str, named: bool) -> str:
-    """run.free_folder for folders of phases: a run is finished where the last of them is."""
-    for number in itertools.count(1):
-        place = f"{out}-{number}" if number > 1 else out
-        found = [last for name in ("finetune", "pretrain") if (last := Path(place, name, "last.pt")).exists()]
-        for last in found:
-            state = check_record(last, read_state(str(last)), {"config": dict, "step": int})
-            waits = last.parent.name == "pretrain" and state["config"].get("dataset") != "none"
-            if state["step"] < state.get("steps", 0) or (waits and found == [last]):
-                raise ValueError(f"{place} holds a run that was stopped: go on with --resume {last}, or give"
-                                 " another --out")
-        if named or not found:
-            return place
+def was_stopped(last: Path, state: dict) -> bool:
+    """Whether a phase has steps left, or fine-tuning has yet to follow a finished pre-training."""
+    waits = last.parent.name == "pretrain" and state["config"].get("dataset") != "none"
+    followed = (last.parent.parent / "finetune" / "last.pt").exists()
+    return run.has_steps_left(last, state) or (waits and not followed)
 
 
 def check_progress(state: dict, cfg: FinetuneConfig, path: str) -> None:
@@ -430,7 +420,7 @@ def parse_config(argv: list[str] | None) -> tuple[FinetuneConfig, str | None]:
     if not resume:
         if early.get("preset") == "semimatch" and not cfg.checkpoint:
             raise ValueError("--preset semimatch starts from trained CATs: give --checkpoint FILE")
-        cfg.out = free_folder(cfg.out, "out" in given)
+        cfg.out = run.free_folder(cfg.out, "out" in given, ("finetune", "pretrain"), was_stopped)
     return cfg, resume
 
 

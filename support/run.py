@@ -10,12 +10,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from support.files import check_record, read_state, write_whole
@@ -85,19 +86,26 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def free_folder(out: str, named: bool) -> str:
+def has_steps_left(last: Path, state: dict) -> bool:
+    """Whether the checkpoint at `last` is of a run that was stopped."""
+    return state["step"] < state.get("steps", state["config"].get("steps", 0))
+
+
+def free_folder(out: str, named: bool, phases: tuple[str, ...] = ("",),
+                stopped: Callable[[Path, dict], bool] = has_steps_left) -> str:
     """The folder for a new run: `out` or, if it holds a finished run and was not named on the command line,
-    the next free name. ValueError if it holds a run that was stopped."""
+    the next free name. ValueError if it holds a run that was stopped.
+
+    phases: folders in it that hold a last.pt, the latest first; stopped: by such a file and its state.
+    """
     for number in itertools.count(1):
         place = f"{out}-{number}" if number > 1 else out
-        last = Path(place, "last.pt")
-        if not last.exists():
-            return place
-        state = check_record(last, read_state(str(last)), {"step": int, "config": dict})
-        if state["step"] < state["config"].get("steps", 0):
-            raise ValueError(f"{place} holds a run that was stopped: go on with --resume {last}, or give"
-                             " another --out")
-        if named:
+        found = [last for phase in phases if (last := Path(place, phase, "last.pt")).exists()]
+        for last in found:
+            if stopped(last, check_record(last, read_state(str(last)), {"config": dict, "step": int})):
+                raise ValueError(f"{place} holds a run that was stopped: go on with --resume {last}, or give"
+                                 " another --out")
+        if named or not found:
             return place
 
 
@@ -107,7 +115,7 @@ def check_resume(state: dict, given: dict, free: set[str], path: str) -> None:
     state: the checkpoint; given: what the command line says; free: what cannot change the numbers.
     """
     base, wrong, world = state["config"], "--resume goes on with the run as it was:", processes()[1]
-    for name in given.keys() - free - {"resume"}:
+    for name in (name for name in given if name not in free | {"resume"}):
         if name not in base or given[name] != base[name]:
             raise ValueError(f"{wrong} --{name.replace('_', '-')} cannot change")
     if state.get("processes", world) != world:
@@ -129,6 +137,14 @@ def leave_signals(worker: int) -> None:
     """A signal to the whole group reaches the loaders too; they live as long as the process they serve."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def endless(dataset: Dataset, stream: Sampler, workers: int, device: torch.device) -> Iterator[dict]:
+    """The micro-batches that a stream asks a data set for. The first is read at once, so that what cannot be
+    read shows before anything is written."""
+    loader = iter(DataLoader(dataset, batch_sampler=stream, num_workers=workers,
+                             pin_memory=device.type == "cuda", worker_init_fn=leave_signals))
+    return itertools.chain([next(loader)], loader)
 
 
 def report_skipped(skipped: set[str]) -> None:

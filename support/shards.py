@@ -148,8 +148,8 @@ def file_times(items: ImageGroups) -> dict[str, dict]:
     for i in itertools.chain.from_iterable(items.groups):
         path, name = images.paths[i], images.classes[images.labels[i]]
         files = {"photographs": path}
-        if images.saliency:
-            files["saliency maps"] = Path(images.saliency, name, f"{path.stem}_sal.png")
+        if place := images.map_path(i):
+            files["saliency maps"] = place
         for kind, file in files.items():
             state = file.stat() if file.exists() else None
             found[kind][f"{name}/{path.name}"] = state and [state.st_size, state.st_mtime_ns]
