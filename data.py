@@ -10,6 +10,7 @@ cells, so a cell's centre is ((i + 0.5) * W / w - 0.5) in the pixels of the imag
 """
 
 import contextlib
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -174,7 +175,7 @@ class ImageSet:
         if saliency and not Path(saliency).is_dir():
             raise ValueError(f"--saliency {saliency}: no such folder; expected <class>/<image>_sal.png in it")
         self.paths, self.labels, self.classes = paths, labels, classes
-        self.saliency, self.rescale = saliency, rescale
+        self.maps, self.rescale = [saliency] * len(paths), rescale
         self.empty: list[Path] = []  # files of no bytes that were left out
         self.mirrored: set[int] = set()  # images that are turned left to right when loaded
         self.upright = False  # images, and maps, turned as their cameras' tags say
@@ -199,7 +200,8 @@ class ImageSet:
     def map_path(self, index: int) -> Path | None:
         """Where an image's saliency map lies; None without a folder of maps."""
         name = f"{self.paths[index].stem}_sal.png"
-        return Path(self.saliency, self.classes[self.labels[index]], name) if self.saliency else None
+        folder = self.maps[index]
+        return Path(folder, self.classes[self.labels[index]], name) if folder else None
 
     def size(self, index: int) -> tuple[int, int]:
         """(W, H) of what `load` gives, without decoding it."""
@@ -235,9 +237,9 @@ def visible(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name != "__MACOSX")
 
 
-def class_folders(root: str | None, saliency: str | None = None, rescale: bool = True) -> ImageSet:
+def one_root(root: str | None, saliency: str | None = None, rescale: bool = True) -> ImageSet:
     """One folder a class (ImageNet's train layout, Caltech); classes of a single image are left out and
-    named.
+    named. See class_folders.
 
     Images are upright, see open_image. Hidden folders and files are none; empty files and pictures of endings
     that are not read are skipped, counted and named here; other damage shows when a file is decoded, see
@@ -270,6 +272,22 @@ def class_folders(root: str | None, saliency: str | None = None, rescale: bool =
     images = ImageSet(paths, labels, classes, saliency, rescale)
     images.empty, images.upright = empty, True
     return images
+
+
+def class_folders(root: str | None, saliency: str | None = None, rescale: bool = True) -> ImageSet:
+    """The class folders of a root, or of several, written A:B as in PATH, each with its own folder of maps,
+    or all with one. Classes of one name are one class."""
+    roots, maps = ((text or "").split(os.pathsep) for text in (root, saliency))
+    if len(maps) not in (1, len(roots)):
+        raise ValueError(f"--saliency {saliency}: one folder of maps, or one for each of the {len(roots)} of --root")
+    sets = [one_root(*pair, rescale) for pair in zip(roots, maps * (len(roots) if len(maps) == 1 else 1))]
+    first, *rest = sets
+    for more in rest:
+        first.classes += [name for name in more.classes if name not in first.classes]
+        first.labels += [first.classes.index(more.classes[label]) for label in more.labels]
+        first.paths, first.maps = first.paths + more.paths, first.maps + more.maps
+        first.empty += more.empty
+    return first
 
 
 class TrainPairs(Dataset):

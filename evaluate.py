@@ -32,10 +32,11 @@ from support.benchmarks import DATASETS, csv_pairs
 from support.dense import Dense
 from support.download import download
 from support.files import read_state, write_whole
+from support.ours import both_faces
 from support.pictures import draw_results
 from support.presets import PRESETS
 from support.run import command, find_device, processes
-from train import FROZEN, STAGES, Cascade, Config, load_cascade
+from train import BEST, FROZEN, STAGES, Cascade, Config, best_of, load_cascade
 
 ALPHAS = (0.05, 0.10, 0.15)
 
@@ -56,8 +57,10 @@ def blocks_of_pairs(keypoints: data.KeypointSet, numbers: list[int], held: int) 
     return blocks
 
 
-def features_of(matcher, keypoints: data.KeypointSet, images: list[int], batch: int) -> dict[int, Features]:
-    """The features of every image, each of batch size 1; the sizes of the images are noted on the way."""
+def features_of(matcher, keypoints: data.KeypointSet, images: list[int], batch: int,
+                mirror: bool) -> dict[int, Features]:
+    """The features of every image, with those of its mirror image if they are wanted, each of batch size 1;
+    the sizes of the images are noted on the way."""
     found: dict[int, Features] = {}
     for first in range(0, len(images), batch):
         some, views = images[first : first + batch], []
@@ -65,7 +68,7 @@ def features_of(matcher, keypoints: data.KeypointSet, images: list[int], batch: 
             image = keypoints.load(index)[0]
             keypoints.sizes[index] = image.size
             views.append(data.prepare(image, None, matcher.cfg.size, matcher.backbone.patch)[0])
-        several = matcher.features(torch.stack(views))
+        several = (both_faces if mirror else type(matcher).features)(matcher, torch.stack(views))
         found |= {index: several.map(lambda x, k=k: x[k : k + 1]) for k, index in enumerate(some)}
     return found
 
@@ -85,15 +88,16 @@ def predict(matcher, keypoints: data.KeypointSet, methods: list[str], batch: int
     """
     numbers = list(range(len(keypoints))) if numbers is None else numbers
     found: dict[str, dict[int, Tensor]] = {method: {} for method in methods}
+    mirror = any(method.startswith("best") for method in methods)
     with tqdm(total=len(numbers), desc="pairs", disable=quiet, leave=False) as bar:
         for members in blocks_of_pairs(keypoints, numbers, held):
             images = sorted({i for n in members for i in keypoints.pairs[n][:2]})
-            features = features_of(matcher, keypoints, images, batch)
+            features = features_of(matcher, keypoints, images, batch, mirror)
             for first in range(0, len(members), batch):
                 some = members[first : first + batch]
                 pairs = [keypoints.pairs[n] for n in some]
-                src = Features(*map(torch.cat, zip(*(features[p.src] for p in pairs))))
-                trg = Features(*map(torch.cat, zip(*(features[p.trg] for p in pairs))))
+                src, trg = (first.map(lambda *x: torch.cat(x), *rest) for first, *rest in (
+                    [features[p[end]] for p in pairs] for end in (0, 1)))
                 cells = [data.pixels_to_cells(p.src_kps, keypoints.size(p.src), src.grid) for p in pairs]
                 points = pad_sequence(cells, batch_first=True).to(src.feat.device)  # (B, n, 2)
                 for method in methods:
@@ -218,7 +222,7 @@ def shared_options(text: str, prog: str | None = None) -> argparse.ArgumentParse
     add("--split", help="trn, val or test (default; labels: val); shapes: train, val, test")
     add("--download", action="store_true", help="fetch the data set first, into --datapath or datasets/")
     add("--checkpoint", help="written by train.py; default: the frozen backbone by its reading best")
-    add("--stage", nargs="+", choices=STAGES, help="default: the last one trained")
+    add("--stage", nargs="+", choices=STAGES + BEST, help="default: the last one trained, and our reading")
     add("--dense", action="store_true", help="read images at half the patch's stride: four views each")
     add("--baseline", nargs="*", choices=FROZEN, help="readings of the frozen backbone; none named: all")
     add("--backbone", help="without a checkpoint (default ibot_vitb16, on shapes random_vit8)")
@@ -268,14 +272,15 @@ def load_methods(args: argparse.Namespace) -> tuple[Cascade | Dense, list[str]]:
     given = {k: v for k in ("backbone", "layer", "size") if (v := getattr(args, k)) is not None}
     device, baseline = find_device(args.device), list(FROZEN) if args.baseline == [] else args.baseline or []
     if args.checkpoint:
+        given["saliency"] = "attention"  # our reading wants to know the foreground
         cascade = load_cascade(args.checkpoint, weights=args.weights, device=device, **given)
         last = cascade.cfg.final_stage
-        methods = (args.stage or [last]) + baseline
-        if missing := [m for m in methods if m in STAGES[cascade.cfg.stages :]]:
+        methods = (args.stage or [last, *best_of(last)]) + baseline
+        if missing := [m for m in methods if m.split("-")[-1] in STAGES[cascade.cfg.stages :]]:
             raise ValueError(f"--stage {missing[0]}: {args.checkpoint} ends with the {last} stage")
     else:
         preset = PRESETS["quick"] if args.dataset == "shapes" else {}
-        cascade = Cascade(Config(**preset | given | {"weights": args.weights})).to(device).eval()
+        cascade = Cascade(Config(**preset | given | {"weights": args.weights, "saliency": "attention"})).to(device).eval()
         methods, cfg = baseline or ["best"], cascade.cfg
         if not baseline and not processes()[0]:
             block = "last block" if cfg.layer == "-1" else f"--layer {cfg.layer}"

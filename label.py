@@ -554,7 +554,7 @@ def settings_of(cfg: LabelConfig, images: data.ImageSet, singles: Singles) -> di
     """What the shards of steps 3 and 5 depend on, beside the images: options, and digests of the rest."""
     return {
         "--dataset": cfg.dataset,
-        "--saliency": "maps" if images.saliency else cfg.saliency,
+        "--saliency": "maps" if any(images.maps) else cfg.saliency,
         "checkpoint (--checkpoint)": shards.digest(Path(cfg.checkpoint).read_bytes()),
         "choice of single instances (--detector)": shards.digest(sorted(singles.boxes.items())),
         **{f"--{name}": getattr(cfg, name) for name in ("size", "loops", "seed")},

@@ -28,6 +28,7 @@ class Features(NamedTuple):
     feat: Tensor  # (B, H*W, C) tokens of the cells
     token: Tensor  # (B, C) global token T of Eq. (1)
     saliency: Tensor  # (B, H, W) in [0, 1]; ones where no saliency is used
+    mirror: "Features | None" = None  # of the mirror image, in its own cells; where facing is looked for
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -37,9 +38,11 @@ class Features(NamedTuple):
         """Algorithm 1, lines 4 and 5: a cell stays where S >= T. Returns (B, H, W) bool."""
         return self.saliency >= threshold
 
-    def map(self, function) -> "Features":
-        """Apply a function to each of the three tensors."""
-        return Features(*(function(x) for x in self))
+    def map(self, function, *others: "Features") -> "Features":
+        """Apply a function to each tensor, or to each with those of other Features that stand beside it."""
+        several = (self, *others)
+        mirror = self.mirror and self.mirror.map(function, *(x.mirror for x in others))
+        return Features(*(function(*tensors) for tensors in zip(*(x[:3] for x in several))), mirror)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -424,6 +427,21 @@ def select_pairs(corr: Tensor, src: Features, trg: Features, cfg) -> Pairs:
     mask_s, mask_t = (x.foreground(cfg.saliency_threshold) for x in (src, trg))
     pairs = greedy_selection(matching_scores(corr, mask_s, mask_t, cfg), mask_s, mask_t)
     return pairs._replace(valid=pairs.valid & (pairs.score > 0))
+
+
+def put_back(pairs: Pairs, away: Tensor, width: int) -> Pairs:
+    """Ours: pairs with the target's mirror image to pairs with the target as it is, x -> W - 1 - x, for those
+    couples (B,) bool whose target faces away."""
+    trg = torch.where(away[:, None], pairs.trg + width - 1 - 2 * (pairs.trg % width), pairs.trg)
+    return pairs._replace(trg=trg)
+
+
+def mirror_pairs(image: Features, threshold: float) -> Pairs:
+    """Ours: every foreground cell of an image with the same cell of its mirror image; exact, and free."""
+    h, w = image.grid
+    cells = torch.arange(h * w, device=image.feat.device).expand(len(image.feat), -1)
+    inside = image.foreground(threshold).flatten(1)
+    return Pairs(cells, cells + w - 1 - 2 * (cells % w), inside.float(), inside)
 
 
 def best_pairs(pairs: Pairs, kept: Tensor, count: int) -> Pairs:

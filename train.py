@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import data
 from image_stage import REGION, ImageStage
-from modules import HEADS, Features, cosine_volume, hough_matching, transfer_keypoints
+from modules import HEADS, Features, cosine_volume, hough_matching, mirror_pairs, put_back, transfer_keypoints
 from pixel_stage import PixelStage
 from region_stage import RegionStage
 from support import run
@@ -38,12 +38,14 @@ from support.benchmarks import keypoint_set, training_set
 from support.conditioning import Conditioning, pair_axes, training_cells
 from support.files import check_record, load_optimizer, read_checkpoint, write_whole
 from support.options import ABOVE_0, AT_LEAST_1, SEEDS, SHARE, add_options, check_ranges
-from support.ours import neighbourhood_consensus
+from support.ours import FOREGROUND, best_reading, both_faces, facing_score, neighbourhood_consensus
+from support.ours import plain_and_mirrored
 from support.pictures import match_sheet
 from support.presets import PRESETS
 
 STAGES = ("image", "region", "pixel")
 FROZEN = ("nn", "hough", "consensus", "best")  # ways to read the frozen backbone
+BEST = ("best-image", "best-pixel")  # our reading of a stage's volume
 BackboneName = Literal[tuple(BACKBONES)]
 TrainSet = Literal["shapes", "folder", "spair", "pfpascal"]
 ValSet = Literal["auto", "none", "shapes", "pfwillow", "pfpascal", "spair", "spair-small", "labels"]
@@ -100,6 +102,7 @@ class Config:
     consensus: int = 0  # pixel stage: side in cells of the neighbourhood that has to agree; 0: none
     loop_radius: float = 0.0  # cells within which a suspected pair has to close its loop s -> t -> s; 0: none
     temperature: float = 0.05  # of the softmax over similarities that the pixel loss sees; MMNet: none (1)
+    facing: bool = False  # couples that face opposite ways: pairs are found with the mirrored target, put back
     frozen_share: float = 0.0  # pixel stage: share of frozen features once trained (WiSE-FT)
     mil_lr: float = 0.1  # learning rate of the image and region stages over that of the pixel stage; paper: 1
 
@@ -173,9 +176,11 @@ class Cascade(nn.Module):
     def forward(self, src: Features, trg: Features, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """One micro-batch of same-class couples to the loss of Eq. (3), and what is logged: the losses of the
         stages that are trained and, of the pixel stage, the mean number of its pairs."""
-        cfg, log = self.cfg, {}
+        cfg, log, as_is = self.cfg, {}, trg
         train_image, train_region, train_pixel = (cfg.only in (None, stage) for stage in STAGES)
         loss_image = loss_region = loss_pixel = 0.0
+        if cfg.facing:  # pairs are found in the view of the target that faces as the source does
+            trg, away = self.face(src, trg)
         with torch.set_grad_enabled(train_image):
             corr = self.image(src, trg)
             if train_image:
@@ -189,43 +194,77 @@ class Cascade(nn.Module):
                     log["region"] = loss_region = self.region.loss(region_corr, regions, labels)
         if cfg.stages >= 3 and train_pixel:
             chosen = self.region.select(region_corr, regions, src.grid, trg.grid)
+            if cfg.facing:
+                chosen, trg = put_back(chosen, away, trg.grid[1]), as_is
             log["pixel"] = loss_pixel = self.pixel.loss(self.pixel(src, trg), chosen)
+            import os
+            if os.environ.get("OWN"):
+                own = mirror_pairs(trg, cfg.saliency_threshold)
+                log["own"] = self.pixel.loss(self.pixel(trg, trg.mirror), own)
+                loss_pixel = loss_pixel + float(os.environ["OWN"]) * log["own"]
             log["pairs"] = chosen.valid.float().sum(1).mean()
         # Eq. (3): L_all = lambda_1 L_I + lambda_2 L_R + lambda_3 L_P
         loss = cfg.lambda_image * loss_image + cfg.lambda_region * loss_region + cfg.lambda_pixel * loss_pixel
         return loss, log
 
+    @torch.no_grad()
+    def face(self, src: Features, trg: Features) -> tuple[Features, Tensor]:
+        """The targets, each by itself or mirrored, as it faces its source's way, and (B,) bool: mirrored."""
+        volumes = plain_and_mirrored(lambda s, t: self.volume(s, t, "nn"), src, trg)
+        near = (neighbourhood_consensus(corr, 3) for corr in volumes)
+        away = facing_score(*near, src.saliency >= FOREGROUND, trg.saliency >= FOREGROUND) > 0
+
+        def choose(x: Tensor, mirrored: Tensor) -> Tensor:
+            return torch.where(away.view(-1, *[1] * (x.dim() - 1)), mirrored, x)
+
+        return trg._replace(mirror=None).map(choose, trg.mirror), away
+
     def volume(self, src: Features, trg: Features, method: str | None = None) -> Tensor:
         """The volume (B, Hs, Ws, Ht, Wt) of a stage, or of the frozen features: "nn" nearest neighbour,
-        "hough" matching, "consensus" of neighbours (5x5 where the pixel stage has none), "best" the same on
-        the principal axes of the couple's own cells, unless the features lie on those of training images
-        already."""
+        "hough" matching, "consensus" of neighbours (5x5 where the pixel stage has none), "best" our reading
+        (facing and affine voting, of features with their mirror images'), on the principal axes of the
+        couple's own cells unless the features lie on those of training images already. "best-pixel",
+        "best-image": our reading of a stage's volume."""
         method = method or self.cfg.final_stage
-        if method == "region":
-            raise ValueError("the region stage has no volume of whole images")
         if method in STAGES:
+            if method == "region":
+                raise ValueError("the region stage has no volume of whole images")
             return getattr(self, method)(src, trg)
-        feats = src.feat, trg.feat
-        if method == "best" and self.conditioning is None:
-            feats = pair_axes(*feats)
-        corr = cosine_volume(*feats, src.grid, trg.grid)
+        if method.startswith("best"):
+            return self.best(src, trg, method, self.volume)
+        corr = cosine_volume(src.feat, trg.feat, src.grid, trg.grid)
         if method == "hough":
             return hough_matching(corr, side=self.cfg.hough_side)
-        if method in ("consensus", "best"):
-            return neighbourhood_consensus(corr, self.cfg.consensus or 5)
-        return corr
+        return neighbourhood_consensus(corr, self.cfg.consensus or 5) if method == "consensus" else corr
+
+    def best(self, src: Features, trg: Features, method: str, volume: Callable) -> Tensor:
+        """Our reading "best" of the frozen features or "best-<stage>", of volume(src, trg, stage or "nn")."""
+        stage = method.removeprefix("best").removeprefix("-") or "nn"
+        if stage == "nn" and self.conditioning is None:
+            src, trg = pair_axes(src, trg)
+        smooth = stage != "pixel" or not self.cfg.consensus
+        return best_reading(lambda s, t: volume(s, t, stage), src, trg, smooth)
 
     @torch.no_grad()
-    def transfer(self, src: Features, trg: Features, points: Tensor, method: str | None = None) -> Tensor:
-        """Source to target: points (B, n, 2) as (x, y) in source cells to target cells."""
+    def transfer(self, src: Features, trg: Features, points: Tensor, method: str | None = None,
+                 volume: Callable | None = None) -> Tensor:
+        """Source to target: points (B, n, 2) as (x, y) in source cells to target cells. A stage's match comes
+        after its Hough matching, as PMPS has it. volume(src, trg, method): None: `self.volume`."""
         method = method or self.cfg.final_stage
         if method == "region":
             return self.region.transfer(self.image, src, trg, points)
-        return transfer_keypoints(self.volume(src, trg, method), points)
+        corr = (volume or self.volume)(src, trg, method)
+        corr = hough_matching(corr, side=self.cfg.hough_side) if method in STAGES else corr
+        return transfer_keypoints(corr, points)
 
     def trained_state(self) -> dict[str, Tensor]:
         """State of everything but the frozen backbone."""
         return {key: value for key, value in self.state_dict().items() if not key.startswith("backbone.")}
+
+
+def best_of(stage: str) -> list[str]:
+    """The name of our reading of a stage, if it has one."""
+    return [name for name in BEST if name.endswith(stage)]
 
 
 def fingerprint(module: nn.Module) -> float:
@@ -379,7 +418,7 @@ def train(cfg: Config, resume: str | None = None, build: Callable[[Config], Casc
         warn(cfg, images)
         log = run.open_log(out, start)
         if test:
-            _, before = measure(log, start, cascade, test, ("nn", "hough", "consensus"))
+            _, before = measure(log, start, cascade, test, FROZEN)
 
     clock, done = time.perf_counter(), start
     with run.stop_signals() as stop:  # Ctrl-C: finish the step, save, leave
@@ -399,7 +438,8 @@ def train(cfg: Config, resume: str | None = None, build: Callable[[Config], Casc
                 views = torch.cat([batch["src_img"], batch["trg_img"]])
                 maps = torch.cat([batch["src_sal"], batch["trg_sal"]])
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and cfg.amp):
-                    both = cascade.features(views, maps if maps.numel() else None)
+                    maps = maps if maps.numel() else None
+                    both = both_faces(cascade, views, maps) if cfg.facing else cascade.features(views, maps)
                     src, trg = both.map(lambda x: x[: cfg.batch]), both.map(lambda x: x[cfg.batch :])
                     loss, parts = cascade(src, trg, batch["label"].to(device))
                 (loss / cfg.accumulate).backward()
@@ -440,7 +480,7 @@ def train(cfg: Config, resume: str | None = None, build: Callable[[Config], Casc
         if done < cfg.steps:
             print(f"stopped after step {done}; go on with --resume {out / 'last.pt'}")
         elif test:
-            _, after = measure(log, done, cascade, test, stages)
+            _, after = measure(log, done, cascade, test, (*stages, *best_of(stages[-1])))
             draw(out / "matches.png", test, before["nn"], after[stages[-1]], stages[-1])
         print(f"checkpoint {out / 'last.pt'}, {seconds:.0f} s of training")
     if world > 1:

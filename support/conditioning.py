@@ -53,13 +53,17 @@ class Conditioning(nn.Module):
 
 
 @torch.no_grad()
-def pair_axes(src: Tensor, trg: Tensor, axes: int = 256) -> tuple[Tensor, Tensor]:
-    """The same without training images: cells (B, Ns, C), (B, Nt, C) on the axes of the couple's cells."""
-    with torch.autocast(src.device.type, enabled=False):
-        cells = torch.cat([src, trg], 1)
+def pair_axes(src, trg, axes: int = 256) -> tuple:
+    """The same without training images: Features (B, N, C) of sources and targets, and of their mirror images
+    if they have those, on the axes of the couple's own cells."""
+    sides = [x for side in (src, trg) for x in (side, side.mirror) if x is not None]
+    with torch.autocast(src.feat.device.type, enabled=False):
+        cells = torch.cat([x.feat for x in sides], 1)
         mean, basis = half_whitening(cells, min(axes, cells.shape[-1]))
-        projected = (cells.double() - mean[:, None]) @ basis
-        return projected[:, : src.shape[1]].float(), projected[:, src.shape[1] :].float()
+        projected = ((cells.double() - mean[:, None]) @ basis).float()
+    parts = iter(projected.split([x.feat.shape[1] for x in sides], 1))
+    return tuple(x._replace(feat=next(parts), mirror=x.mirror and x.mirror._replace(feat=next(parts)))
+                 for x in (src, trg))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modules import Features, transfer_keypoints
+from modules import Features
 
 # Where the four views lie in a grid of twice their cells: every second row and column.
 VIEWS = [(slice(y, None, 2), slice(x, None, 2)) for y in (0, 1) for x in (0, 1)]
@@ -24,8 +24,8 @@ class Dense:
     def __init__(self, cascade) -> None:
         self.cascade, self.cfg, self.backbone = cascade, cascade.cfg, cascade.backbone
 
-    def features(self, images: Tensor) -> Features:
-        """Images (B, 3, H, W) to Features of 2H/patch x 2W/patch cells; the token is the mean of four."""
+    def features(self, images: Tensor, saliency: Tensor | None = None) -> Features:
+        """Images (B, 3, H, W), and no maps, to Features of 2H/patch x 2W/patch cells; the token is the mean of four."""
         (height, width), half = images.shape[-2:], self.backbone.patch // 2
         first = (half + 1) // 2  # cells then lie where those of a grid of twice the cells do, to half a pixel
         padded = F.pad(images, (first, half - first, first, half - first), mode="replicate")
@@ -33,13 +33,16 @@ class Dense:
         views = [self.cascade.features(padded[..., y : y + height, x : x + width]) for y, x in corners]
         h, w = views[0].grid
         cells = views[0].feat.new_empty(len(images), 2 * h, 2 * w, views[0].feat.shape[-1])
+        saliency = cells.new_empty(cells.shape[:3])
         for (y, x), view in zip(VIEWS, views):
-            cells[:, y, x] = view.feat.unflatten(1, (h, w))
+            cells[:, y, x], saliency[:, y, x] = view.feat.unflatten(1, (h, w)), view.saliency
         token = torch.stack([view.token for view in views]).mean(0)
-        return Features(cells.flatten(1, 2), token, torch.ones_like(cells[..., 0]))
+        return Features(cells.flatten(1, 2), token, saliency)
 
     def volume(self, src: Features, trg: Features, method: str) -> Tensor:
         """Features of `features` to a volume of their cells, (B, Hs, Ws, Ht, Wt)."""
+        if method.startswith("best"):
+            return self.cascade.best(src, trg, method, self.volume)
         s, t = (x.feat.unflatten(1, x.grid) for x in (src, trg))
         corr = s.new_empty(len(s), *src.grid, *trg.grid)
         for ys, xs in VIEWS:
@@ -54,4 +57,4 @@ class Dense:
     @torch.no_grad()
     def transfer(self, src: Features, trg: Features, points: Tensor, method: str) -> Tensor:
         """Source to target: points (B, n, 2) as (x, y) in source cells to target cells."""
-        return transfer_keypoints(self.volume(src, trg, method), points)
+        return self.cascade.transfer(src, trg, points, method, self.volume)

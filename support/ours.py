@@ -1,5 +1,7 @@
 """Ours, not the paper's, inside MVAM: the local feed-forward and the consensus of neighbours."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,3 +54,155 @@ def neighbourhood_consensus(corr: Tensor, side: int) -> Tensor:
             for k, weight in enumerate(weights)
         )
     return corr
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Our reading of a volume: which way the target faces, and one affine map a couple
+
+FACING_TEMPERATURE = 0.05  # of the soft maximum in match_score
+FACING_MARGIN, FACING_SLOPE = 0.02, 0.01  # of match scores: symmetric objects have no facing to be found
+FOREGROUND = 0.5  # of a saliency map, or of the class token's attention: cells that vote
+AFFINE_INLIER = 2.5  # cells
+AFFINE_SPREAD = 4.0  # cells; standard deviation of the Gaussian around where the map sends a cell
+
+
+def cell_grid(height: int, width: int, like: Tensor) -> Tensor:
+    """(x, y) of the cells of a grid, row by row: (height * width, 2)."""
+    y, x = torch.meshgrid(*(torch.arange(n, device=like.device) for n in (height, width)), indexing="ij")
+    return torch.stack([x.flatten(), y.flatten()], -1).float()
+
+
+def match_score(corr: Tensor, mask_s: Tensor, mask_t: Tensor) -> Tensor:
+    """How well two images match: the soft maximum of every foreground cell's row over the other foreground,
+    mean over cells, both ways summed. corr (B, Hs, Ws, Ht, Wt), masks (B, H, W) bool; returns (B,)."""
+    mask_s, mask_t = mask_s.flatten(1), mask_t.flatten(1)
+    inside = mask_s[:, :, None] & mask_t[:, None]
+    flat = (corr.flatten(3).flatten(1, 2) / FACING_TEMPERATURE).masked_fill(~inside, -1e4)
+    total = 0.0
+    for dim, mask in ((2, mask_s), (1, mask_t)):
+        best = torch.logsumexp(flat, dim) * mask
+        total = total + FACING_TEMPERATURE * best.sum(1) / mask.sum(1).clamp(min=1)
+    return total
+
+
+def fit_affine(x: Tensor, y: Tensor, weight: Tensor, pull: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Weighted least squares y = x A + c, pulled towards a similarity: A (B, 2, 2), c (B, 2).
+
+    x, y (B, N, 2), weight (B, N). The pull is a ridge on A - S, S the similarity that fits best, of `pull`
+    times the variance of x: three points in a row have a map too.
+    """
+    weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-9)
+    mean_x, mean_y = ((weight[..., None] * z).sum(1, keepdim=True) for z in (x, y))
+    xc, yc = x - mean_x, y - mean_y
+    xx, xy = (weight[..., None] * xc).mT @ xc, (weight[..., None] * xc).mT @ yc  # (B, 2, 2)
+    spread = (xx[:, 0, 0] + xx[:, 1, 1]).clamp(min=1e-6)
+    a, b = (xy[:, 0, 0] + xy[:, 1, 1]) / spread, (xy[:, 0, 1] - xy[:, 1, 0]) / spread
+    similarity = torch.stack([a, b, -b, a], -1).view(-1, 2, 2)
+    ridge = (pull * spread / 2)[:, None, None]
+    eye = torch.eye(2, device=x.device)
+    linear = torch.linalg.solve(xx + (ridge + 1e-6) * eye, xy + ridge * similarity)
+    return linear, (mean_y - mean_x @ linear)[:, 0]
+
+
+@torch.no_grad()
+def affine_voting(corr: Tensor, mask_s: Tensor, mask_t: Tensor,
+                  hypotheses: int = 256) -> tuple[Tensor, Tensor]:
+    """Hough matching that also knows scale, aspect and shear: RANSAC for the one affine map of a couple.
+
+    Foreground cells vote with their best match, by score^3 and by how nearly it closes s -> t -> s. Each of
+    `hypotheses` maps goes through three matches, drawn by weight (the same random numbers for all couples);
+    the one with the most weight within AFFINE_INLIER cells is refitted three times on its inliers. Maps that
+    mirror, or that stretch or shrink any direction by more than three or four, are none.
+
+    corr (B, Hs, Ws, Ht, Wt); masks (B, H, W) bool. Returns where the map sends every source cell,
+    (B, Hs*Ws, 2) as (x, y) in target cells, and the share (B,) of the votes that it explains.
+    """
+    (hs, ws, ht, wt), (mask_s, mask_t) = corr.shape[1:], (mask_s.flatten(1), mask_t.flatten(1))
+    flat, x, places = corr.float().clamp(min=0).flatten(3).flatten(1, 2), *(
+        cell_grid(h, w, corr) for h, w in ((hs, ws), (ht, wt)))
+    best, match = (flat * mask_t[:, None]).max(2)
+    back = (flat * mask_s[:, :, None]).argmax(1).gather(1, match)
+    off = (x[back] - x).norm(dim=-1)
+    weight = best**3 * torch.exp(-0.5 * (off / 1.5) ** 2) * mask_s + 1e-12
+    x, y = x.expand(len(corr), -1, -1), places[match]
+
+    draws = torch.rand(3 * hypotheses, generator=torch.Generator().manual_seed(0)).to(corr.device)
+    share = weight.cumsum(1) / weight.sum(1, keepdim=True)
+    pick = torch.searchsorted(share, draws.expand(len(corr), -1).contiguous()).clamp(max=hs * ws - 1)
+    three_x, three_y = (z.gather(1, pick[..., None].expand(-1, -1, 2)).view(-1, 3, 2) for z in (x, y))
+    linear, offset = fit_affine(three_x, three_y, torch.ones_like(three_x[..., 0]))
+    det, total = torch.linalg.det(linear), linear.square().sum((1, 2))  # s1 s2 and s1^2 + s2^2
+    largest = ((total + (total**2 - 4 * det**2).clamp(min=0).sqrt()) / 2).sqrt()
+    usable = (largest < 3) & (det > largest / 4)
+    linear, offset = linear.view(len(corr), -1, 2, 2), offset.view(len(corr), -1, 1, 2)
+    inlier = (x[:, None] @ linear + offset - y[:, None]).norm(dim=-1) < AFFINE_INLIER  # (B, R, Ns)
+    votes = (inlier * weight[:, None]).sum(2).masked_fill(~usable.view(len(corr), -1), -1)
+
+    each, winner = torch.arange(len(corr), device=corr.device), votes.argmax(1)
+    linear, offset = linear[each, winner], offset[each, winner, 0]
+    for _ in range(3):
+        inlier = (x @ linear + offset[:, None] - y).norm(dim=-1) < AFFINE_INLIER
+        linear, offset = fit_affine(x, y, weight * inlier)
+    where = x @ linear + offset[:, None]
+    inlier = (where - y).norm(dim=-1) < AFFINE_INLIER
+    return where, (weight * inlier).sum(1) / weight.sum(1)
+
+
+def affine_reading(near: Tensor, wide: Tensor, mask_s: Tensor, mask_t: Tensor) -> Tensor:
+    """A volume read by the couple's affine map, as far as the map explains it: (1 - g) near + g wide Gaussian.
+
+    near, wide (B, Hs, Ws, Ht, Wt): the consensus of few and of many neighbours; the Gaussian of AFFINE_SPREAD
+    cells lies around where the map of `near` sends a cell; g: the votes for the map less those against it, at
+    least 0. What bends, or faces another way, is read by its nearest neighbours alone. Same shape out.
+    """
+    where, share = affine_voting(near, mask_s, mask_t)
+    off = where[:, :, None] - cell_grid(*near.shape[3:], near)  # (B, Ns, Nt, 2)
+    around = torch.exp(-0.5 * off.square().sum(-1) / AFFINE_SPREAD**2).view_as(near)
+    gate = (2 * share - 1).clamp(min=0)[:, None, None, None, None]
+    return (1 - gate) * near.clamp(min=0) + gate * wide.clamp(min=0) * around
+
+
+def both_faces(matcher, images: Tensor, saliency: Tensor | None = None):
+    """Features of images (B, 3, H, W) with those of their mirror images beside them: two passes of a backbone.
+    saliency (B, h, w) or None."""
+    saliency = saliency if saliency is None else torch.cat([saliency, saliency.flip(-1)])
+    several, count = matcher.features(torch.cat([images, images.flip(-1)]), saliency), len(images)
+    return several.map(lambda x: x[:count])._replace(mirror=several.map(lambda x: x[count:]))
+
+
+def plain_and_mirrored(volume: Callable, src, trg) -> tuple[Tensor, Tensor]:
+    """Volumes of sources with targets and with their mirror images, the latter in the mirror image's cells.
+
+    volume(src, trg) (B, Hs, Ws, Ht, Wt). Each is the mean of two that should be alike: both images as they
+    are, and both mirrored.
+    """
+    plain = volume(src, trg) + volume(src.mirror, trg.mirror).flip(2, 4)
+    mirrored = volume(src, trg.mirror) + volume(src.mirror, trg).flip(2, 4)
+    return plain / 2, mirrored / 2
+
+
+def facing_score(plain: Tensor, mirrored: Tensor, mask_s: Tensor, mask_t: Tensor) -> Tensor:
+    """By how much the mirror image of the target matches better than the target, less FACING_MARGIN: (B,),
+    positive where they face opposite ways. Volumes as of plain_and_mirrored, of the consensus of neighbours;
+    masks (B, H, W) bool, mask_t of the target as it is."""
+    better = match_score(mirrored, mask_s, mask_t.flip(-1)) - match_score(plain, mask_s, mask_t)
+    return better - FACING_MARGIN
+
+
+@torch.no_grad()
+def best_reading(volume: Callable, src, trg, smooth: bool) -> Tensor:
+    """Our reading of a volume: the target as it is or its mirror image, each by the couple's affine map, mixed
+    by the probability that the target faces the other way; (B, Hs, Ws, Ht, Wt) in the target's own cells.
+
+    volume(src, trg): the volume of features that have their mirror images'. smooth: it holds no consensus of
+    neighbours yet.
+    """
+    mask_s, mask_t = (x.saliency >= FOREGROUND for x in (src, trg))
+    near, wide = [], []
+    for corr in plain_and_mirrored(volume, src, trg):
+        near.append(neighbourhood_consensus(corr, 3) if smooth else corr)
+        wide.append(neighbourhood_consensus(corr, 5 if smooth else 3))
+    away = torch.sigmoid(facing_score(*near, mask_s, mask_t) / FACING_SLOPE)[:, None, None, None, None]
+    plain = affine_reading(near[0], wide[0], mask_s, mask_t)
+    mirrored = affine_reading(near[1], wide[1], mask_s, mask_t.flip(-1))
+    return (1 - away) * plain + away * mirrored.flip(4)
