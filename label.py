@@ -24,6 +24,7 @@ goes on where it stopped.
 
 import argparse
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +35,23 @@ import torch
 from torch import Tensor
 
 import data
-from modules import Features, Pairs, cells_to_xy, kernel_soft_argmax, pair_nms, read_at, select_pairs
+from modules import (
+    Features,
+    Pairs,
+    cells_to_xy,
+    kernel_soft_argmax,
+    pair_nms,
+    put_back,
+    read_at,
+    select_pairs,
+)
 from support import shards
 from support.benchmarks import training_set
 from support.detector import Boxes, Singles, detect
 from support.files import reason_of
 from support.label_report import report
 from support.label_tree import check_places, write_label_tree
+from support.ours import FACING_MARGIN, both_faces, faces_other_way, match_score
 from support.options import AT_LEAST_1, SEEDS, SHARE, add_options, check_ranges
 from support.run import command, find_device
 from support.shapes import Shapes
@@ -72,6 +83,7 @@ class LabelConfig:
     # group: paper
     drop_classes: str | None = None  # file with names of classes to leave out; paper: 321 of 1,000, by hand
     detector: bool = False  # keep images with one object over 0.9 (COCO detector, downloaded on first use)
+    facing: bool = True  # ours: a clique decides who faces the other way; those pairs go through a mirror image
     detector_weights: str | None = None  # local file of its weights
     loops: int = 100  # closed loops an image at least, where its class is large enough; paper: 100
     keep: float = 0.3  # share of every class's images that is kept, rounded down; paper: 0.3
@@ -116,7 +128,9 @@ class Clique(NamedTuple):
 @torch.no_grad()
 def clique_maps(cascade: Cascade, feats: Features, batch: int,
                 matched: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Transfer maps between all ordered pairs of K images, from one volume for every two of them.
+    """Transfer maps between all ordered pairs of K images, from one volume for every two of them, or, of
+    features with their mirror images', from two: the second with the mirror image, its map put back into the
+    image, is taken where the clique finds that the two face opposite ways.
 
     A pair's volume is that of the image that comes first, read along its rows from first to second and along
     its columns back; no volume is kept. Returns maps (K, K, h, w, 2), maps[a, b, y, x] being the place (x, y)
@@ -124,21 +138,31 @@ def clique_maps(cascade: Cascade, feats: Features, batch: int,
     matching and Algorithm 1 pair with a's cell, -1 where they give it none.
     """
     count, (h, w) = len(feats.feat), feats.grid
-    maps = feats.saliency.new_zeros(count, count, h, w, 2)
-    partners = torch.full((count, count, h * w), -1, device=maps.device) if matched else None
+    views = [feats] if feats.mirror is None else [feats, feats.mirror]
+    maps = feats.saliency.new_zeros(len(views), count, count, h, w, 2)
+    partners = torch.full((len(views), count, count, h * w), -1, device=maps.device) if matched else None
+    scores = maps.new_zeros(len(views), count, count)
     first, second = torch.triu_indices(count, count, 1, device=maps.device)
-    for a, b in zip(first.split(batch), second.split(batch)):
-        src, trg = (Features(*(x[index] for x in feats)) for index in (a, b))
+    for (a, b), (k, view) in itertools.product(zip(first.split(batch), second.split(batch)), enumerate(views)):
+        src, trg = feats.map(lambda x, a=a: x[a]), view.map(lambda x, b=b: x[b])
         corr = cascade.volume(src, trg)
-        maps[a, b] = kernel_soft_argmax(corr)
-        maps[b, a] = kernel_soft_argmax(corr.permute(0, 3, 4, 1, 2))
+        there, back = kernel_soft_argmax(corr), kernel_soft_argmax(corr.permute(0, 3, 4, 1, 2))
+        if k:
+            there[..., 0], back = w - 1 - there[..., 0], back.flip(2)
+        maps[k, a, b], maps[k, b, a] = there, back
+        scores[k, a, b] = scores[k, b, a] = match_score(corr, src.saliency > 0, trg.saliency > 0)
         if matched:
             pairs = select_pairs(corr, src, trg, cascade.cfg)
-            k, n = pairs.valid.nonzero(as_tuple=True)
-            i, j = pairs.src[k, n], pairs.trg[k, n]
-            partners[a[k], b[k], i] = j
-            partners[b[k], a[k], j] = i
-    return maps, partners
+            pairs = put_back(pairs, torch.full_like(a, k, dtype=torch.bool), w)
+            m, n = pairs.valid.nonzero(as_tuple=True)
+            i, j = pairs.src[m, n], pairs.trg[m, n]
+            partners[k, a[m], b[m], i] = j
+            partners[k, b[m], a[m], j] = i
+    if len(views) == 1:
+        return maps[0], partners[0] if matched else None
+    away = faces_other_way(scores[1] - scores[0] - FACING_MARGIN)
+    maps = torch.where(away[..., None, None, None], maps[1], maps[0])
+    return maps, torch.where(away[..., None], partners[1], partners[0]) if matched else None
 
 
 def closed_loops(maps: Tensor, s: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -288,15 +312,17 @@ class CliqueSet(ImageGroups):
         return {"index": index, "views": views, "cells": cells, "sizes": sizes, "skipped": skipped}
 
 
-def build_clique(cascade: Cascade, item: dict, boxes: Boxes) -> tuple[Clique | None, list[int]]:
+def build_clique(cascade: Cascade, item: dict, boxes: Boxes,
+                 facing: bool) -> tuple[Clique | None, list[int]]:
     """Features, boxes and foreground of one item of CliqueSet; None if fewer than three images are usable.
 
-    boxes: those of a detector; outside of its box an image has no foreground. Without one, the box is that of
+    facing: with their mirror images'. boxes: those of a detector; outside of its box an image has no foreground. Without one, the box is that of
     the foreground. Also returns the images that have no foreground.
     """
     if not item["index"]:
         return None, []
-    feats = cascade.features(item["views"], item["cells"])
+    features = both_faces if facing else Cascade.features
+    feats = features(cascade, item["views"], item["cells"])
     device, (h, w) = feats.feat.device, feats.grid
     centres = cells_to_xy(torch.arange(h * w), w)
     masks, keep = feats.foreground(cascade.cfg.saliency_threshold).flatten(1).cpu(), []
@@ -316,18 +342,22 @@ def build_clique(cascade: Cascade, item: dict, boxes: Boxes) -> tuple[Clique | N
     side = torch.tensor([float(max(x1 - x0, y1 - y0)) for x0, y0, x1, y1 in frames], device=device)
     masks = masks.to(device)
     # 1 in the foreground and -1 elsewhere stand for it under every threshold
-    feats = Features(feats.feat[keep], feats.token[keep], masks.view(-1, h, w) * 2.0 - 1)
+    marks = masks.view(-1, h, w) * 2.0 - 1
+    feats = feats.map(lambda x: x[keep])._replace(saliency=marks)
+    if feats.mirror is not None:
+        feats = feats._replace(mirror=feats.mirror._replace(saliency=marks.flip(-1)))
     return Clique(index, feats, sizes, frames, stride, side, masks), empty
 
 
-def map_clique(cascade: Cascade, item: dict, boxes: Boxes, batch: int, matched: bool = False) -> tuple:
+def map_clique(cascade: Cascade, item: dict, boxes: Boxes, cfg: LabelConfig,
+               matched: bool = False) -> tuple:
     """build_clique, then clique_maps, in bfloat16 on a GPU: (clique or None, images without foreground, maps,
     partners)."""
     kind, found = next(cascade.parameters()).device.type, (None, None)
     with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
-        clique, empty = build_clique(cascade, item, boxes)
+        clique, empty = build_clique(cascade, item, boxes, cfg.facing)
         if clique:
-            found = clique_maps(cascade, clique.feats, batch, matched)
+            found = clique_maps(cascade, clique.feats, cfg.batch, matched)
     return clique, empty, *found
 
 
@@ -396,7 +426,7 @@ def measure_loops(cfg: LabelConfig, cascade: Cascade, images: data.ImageSet, sin
         cliques += split_cliques(order, cfg.clique_size)
 
     def make(number: int, item: dict) -> dict:
-        clique, empty, maps, _ = map_clique(cascade, item, singles.boxes, cfg.batch)
+        clique, empty, maps, _ = map_clique(cascade, item, singles.boxes, cfg)
         errors = zip(clique.index, image_errors(clique, maps)) if clique else ()
         return {"skipped": item["skipped"], "empty": empty, "errors": {i: round(e, 6) for i, e in errors}}
 
@@ -471,7 +501,7 @@ def pair_groups(cfg: LabelConfig, cascade: Cascade, images: data.ImageSet, boxes
 
     def make(number: int, item: dict) -> dict:
         split, k, _ = groups[number]
-        clique, _, maps, partners = map_clique(cascade, item, boxes, cfg.batch, matched=True)
+        clique, _, maps, partners = map_clique(cascade, item, boxes, cfg, matched=True)
         if not clique:
             return {"split": split, "class": k, "images": {}, "pairs": []}
         frames = zip(clique.index, clique.sizes, clique.boxes)
@@ -557,7 +587,7 @@ def settings_of(cfg: LabelConfig, images: data.ImageSet, singles: Singles) -> di
         "--saliency": "maps" if any(images.maps) else cfg.saliency,
         "checkpoint (--checkpoint)": shards.digest(Path(cfg.checkpoint).read_bytes()),
         "choice of single instances (--detector)": shards.digest(sorted(singles.boxes.items())),
-        **{f"--{name}": getattr(cfg, name) for name in ("size", "loops", "seed")},
+        **{f"--{name}": getattr(cfg, name) for name in ("size", "loops", "seed", "facing")},
     }
 
 

@@ -189,6 +189,13 @@ def facing_score(plain: Tensor, mirrored: Tensor, mask_s: Tensor, mask_t: Tensor
     return better - FACING_MARGIN
 
 
+def faces_other_way(scores: Tensor) -> Tensor:
+    """Which pairs of K images face opposite ways (K, K) bool, by agreement of all: opposite signs in the
+    leading eigenvector of minus their scores, (K, K), symmetric, those of facing_score."""
+    right = torch.linalg.eigh(-scores.double())[1][:, -1] > 0
+    return right[:, None] != right
+
+
 @torch.no_grad()
 def best_reading(volume: Callable, src, trg, smooth: bool) -> Tensor:
     """Our reading of a volume: the target as it is or its mirror image, each by the couple's affine map, mixed
