@@ -279,9 +279,9 @@ def class_folders(root: str | None, saliency: str | None = None, rescale: bool =
     or all with one. Classes of one name are one class."""
     roots, maps = ((text or "").split(os.pathsep) for text in (root, saliency))
     if len(maps) not in (1, len(roots)):
-        raise ValueError(f"--saliency {saliency}: one folder of maps, or one for each of the {len(roots)} of --root")
-    sets = [one_root(*pair, rescale) for pair in zip(roots, maps * (len(roots) if len(maps) == 1 else 1))]
-    first, *rest = sets
+        raise ValueError(f"--saliency {saliency}: one folder of maps for each of the {len(roots)} of --root")
+    maps = maps * len(roots) if len(maps) == 1 else maps
+    first, *rest = (one_root(*pair, rescale) for pair in zip(roots, maps))
     for more in rest:
         first.classes += [name for name in more.classes if name not in first.classes]
         first.labels += [first.classes.index(more.classes[label]) for label in more.labels]

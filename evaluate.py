@@ -272,7 +272,7 @@ def load_methods(args: argparse.Namespace) -> tuple[Cascade | Dense, list[str]]:
     given = {k: v for k in ("backbone", "layer", "size") if (v := getattr(args, k)) is not None}
     device, baseline = find_device(args.device), list(FROZEN) if args.baseline == [] else args.baseline or []
     if args.checkpoint:
-        given["saliency"] = "attention"  # our reading wants to know the foreground
+        given["saliency"] = "attention"
         cascade = load_cascade(args.checkpoint, weights=args.weights, device=device, **given)
         last = cascade.cfg.final_stage
         methods = (args.stage or [last, *best_of(last)]) + baseline
@@ -280,7 +280,8 @@ def load_methods(args: argparse.Namespace) -> tuple[Cascade | Dense, list[str]]:
             raise ValueError(f"--stage {missing[0]}: {args.checkpoint} ends with the {last} stage")
     else:
         preset = PRESETS["quick"] if args.dataset == "shapes" else {}
-        cascade = Cascade(Config(**preset | given | {"weights": args.weights, "saliency": "attention"})).to(device).eval()
+        given |= {"weights": args.weights, "saliency": "attention"}
+        cascade = Cascade(Config(**preset | given)).to(device).eval()
         methods, cfg = baseline or ["best"], cascade.cfg
         if not baseline and not processes()[0]:
             block = "last block" if cfg.layer == "-1" else f"--layer {cfg.layer}"

@@ -35,24 +35,15 @@ import torch
 from torch import Tensor
 
 import data
-from modules import (
-    Features,
-    Pairs,
-    cells_to_xy,
-    kernel_soft_argmax,
-    pair_nms,
-    put_back,
-    read_at,
-    select_pairs,
-)
+from modules import Features, Pairs, cells_to_xy, kernel_soft_argmax, pair_nms, read_at, select_pairs
 from support import shards
 from support.benchmarks import training_set
 from support.detector import Boxes, Singles, detect
 from support.files import reason_of
 from support.label_report import report
 from support.label_tree import check_places, write_label_tree
-from support.ours import FACING_MARGIN, both_faces, faces_other_way, match_score
 from support.options import AT_LEAST_1, SEEDS, SHARE, add_options, check_ranges
+from support.ours import FACING_MARGIN, both_faces, faces_other_way, match_score
 from support.run import command, find_device
 from support.shapes import Shapes
 from support.shards import ImageGroups, Members, Records, interruptible, run_shards, say
@@ -83,8 +74,8 @@ class LabelConfig:
     # group: paper
     drop_classes: str | None = None  # file with names of classes to leave out; paper: 321 of 1,000, by hand
     detector: bool = False  # keep images with one object over 0.9 (COCO detector, downloaded on first use)
-    facing: bool = True  # ours: a clique decides who faces the other way; those pairs go through a mirror image
     detector_weights: str | None = None  # local file of its weights
+    facing: bool = True  # ours: pairs that face opposite ways, as their clique decides, are matched mirrored
     loops: int = 100  # closed loops an image at least, where its class is large enough; paper: 100
     keep: float = 0.3  # share of every class's images that is kept, rounded down; paper: 0.3
     pairs: int = 7  # pairs an image that is kept; paper: 794,612 / 113,516 = 7
@@ -127,42 +118,38 @@ class Clique(NamedTuple):
 
 @torch.no_grad()
 def clique_maps(cascade: Cascade, feats: Features, batch: int,
-                matched: bool = False) -> tuple[Tensor, Tensor | None]:
+                matched: bool = False) -> tuple[Tensor, Tensor]:
     """Transfer maps between all ordered pairs of K images, from one volume for every two of them, or, of
     features with their mirror images', from two: the second with the mirror image, its map put back into the
     image, is taken where the clique finds that the two face opposite ways.
 
     A pair's volume is that of the image that comes first, read along its rows from first to second and along
     its columns back; no volume is kept. Returns maps (K, K, h, w, 2), maps[a, b, y, x] being the place (x, y)
-    in cells of b that a's cell goes to, and, if `matched`, partners (K, K, h*w): the cell of b that Hough
-    matching and Algorithm 1 pair with a's cell, -1 where they give it none.
+    in cells of b that a's cell goes to, and partners (K, K, h*w): the cell of b that Hough matching and
+    Algorithm 1 pair with a's cell; -1 where they give it none, and everywhere unless `matched`.
     """
     count, (h, w) = len(feats.feat), feats.grid
     views = [feats] if feats.mirror is None else [feats, feats.mirror]
     maps = feats.saliency.new_zeros(len(views), count, count, h, w, 2)
-    partners = torch.full((len(views), count, count, h * w), -1, device=maps.device) if matched else None
-    scores = maps.new_zeros(len(views), count, count)
+    partners = torch.full(maps.shape[:3] + (h * w,), -1, device=maps.device)
+    scores = maps.new_zeros(maps.shape[:3])
     first, second = torch.triu_indices(count, count, 1, device=maps.device)
-    for (a, b), (k, view) in itertools.product(zip(first.split(batch), second.split(batch)), enumerate(views)):
+    groups = list(zip(first.split(batch), second.split(batch)))
+    for (k, view), (a, b) in itertools.product(enumerate(views), groups):
         src, trg = feats.map(lambda x, a=a: x[a]), view.map(lambda x, b=b: x[b])
         corr = cascade.volume(src, trg)
-        there, back = kernel_soft_argmax(corr), kernel_soft_argmax(corr.permute(0, 3, 4, 1, 2))
-        if k:
-            there[..., 0], back = w - 1 - there[..., 0], back.flip(2)
-        maps[k, a, b], maps[k, b, a] = there, back
+        own = corr.flip(4) if k else corr  # in the target's own cells
+        maps[k, a, b], maps[k, b, a] = kernel_soft_argmax(own), kernel_soft_argmax(own.permute(0, 3, 4, 1, 2))
         scores[k, a, b] = scores[k, b, a] = match_score(corr, src.saliency > 0, trg.saliency > 0)
         if matched:
             pairs = select_pairs(corr, src, trg, cascade.cfg)
-            pairs = put_back(pairs, torch.full_like(a, k, dtype=torch.bool), w)
             m, n = pairs.valid.nonzero(as_tuple=True)
             i, j = pairs.src[m, n], pairs.trg[m, n]
-            partners[k, a[m], b[m], i] = j
-            partners[k, b[m], a[m], j] = i
-    if len(views) == 1:
-        return maps[0], partners[0] if matched else None
-    away = faces_other_way(scores[1] - scores[0] - FACING_MARGIN)
-    maps = torch.where(away[..., None, None, None], maps[1], maps[0])
-    return maps, torch.where(away[..., None], partners[1], partners[0]) if matched else None
+            j = j + k * (w - 1 - 2 * (j % w))  # put back
+            partners[k, a[m], b[m], i], partners[k, b[m], a[m], j] = j, i
+    away = faces_other_way(scores[-1] - scores[0] - FACING_MARGIN)  # none, of one view
+    maps = torch.where(away[..., None, None, None], maps[-1], maps[0])
+    return maps, torch.where(away[..., None], partners[-1], partners[0])
 
 
 def closed_loops(maps: Tensor, s: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -316,13 +303,13 @@ def build_clique(cascade: Cascade, item: dict, boxes: Boxes,
                  facing: bool) -> tuple[Clique | None, list[int]]:
     """Features, boxes and foreground of one item of CliqueSet; None if fewer than three images are usable.
 
-    facing: with their mirror images'. boxes: those of a detector; outside of its box an image has no foreground. Without one, the box is that of
-    the foreground. Also returns the images that have no foreground.
+    boxes: those of a detector; outside of its box an image has no foreground. Without one, the box is that of
+    the foreground. facing: with the features of the mirror images. Also returns the images that have no
+    foreground.
     """
     if not item["index"]:
         return None, []
-    features = both_faces if facing else Cascade.features
-    feats = features(cascade, item["views"], item["cells"])
+    feats = (both_faces if facing else Cascade.features)(cascade, item["views"], item["cells"])
     device, (h, w) = feats.feat.device, feats.grid
     centres = cells_to_xy(torch.arange(h * w), w)
     masks, keep = feats.foreground(cascade.cfg.saliency_threshold).flatten(1).cpu(), []

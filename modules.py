@@ -436,14 +436,6 @@ def put_back(pairs: Pairs, away: Tensor, width: int) -> Pairs:
     return pairs._replace(trg=trg)
 
 
-def mirror_pairs(image: Features, threshold: float) -> Pairs:
-    """Ours: every foreground cell of an image with the same cell of its mirror image; exact, and free."""
-    h, w = image.grid
-    cells = torch.arange(h * w, device=image.feat.device).expand(len(image.feat), -1)
-    inside = image.foreground(threshold).flatten(1)
-    return Pairs(cells, cells + w - 1 - 2 * (cells % w), inside.float(), inside)
-
-
 def best_pairs(pairs: Pairs, kept: Tensor, count: int) -> Pairs:
     """The first `count` pairs that kept (B, K) bool marks; what stands behind them is not valid."""
     order = (~kept).long().argsort(stable=True)[:, :count]

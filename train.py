@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import data
 from image_stage import REGION, ImageStage
-from modules import HEADS, Features, cosine_volume, hough_matching, mirror_pairs, put_back, transfer_keypoints
+from modules import HEADS, Features, cosine_volume, hough_matching, put_back, transfer_keypoints
 from pixel_stage import PixelStage
 from region_stage import RegionStage
 from support import run
@@ -38,8 +38,7 @@ from support.benchmarks import keypoint_set, training_set
 from support.conditioning import Conditioning, pair_axes, training_cells
 from support.files import check_record, load_optimizer, read_checkpoint, write_whole
 from support.options import ABOVE_0, AT_LEAST_1, SEEDS, SHARE, add_options, check_ranges
-from support.ours import FOREGROUND, best_reading, both_faces, facing_score, neighbourhood_consensus
-from support.ours import plain_and_mirrored
+from support.ours import best_reading, both_faces, face_the_source, neighbourhood_consensus
 from support.pictures import match_sheet
 from support.presets import PRESETS
 
@@ -102,7 +101,7 @@ class Config:
     consensus: int = 0  # pixel stage: side in cells of the neighbourhood that has to agree; 0: none
     loop_radius: float = 0.0  # cells within which a suspected pair has to close its loop s -> t -> s; 0: none
     temperature: float = 0.05  # of the softmax over similarities that the pixel loss sees; MMNet: none (1)
-    facing: bool = False  # couples that face opposite ways: pairs are found with the mirrored target, put back
+    facing: bool = False  # where couples face opposite ways, pairs are found with the target mirrored
     frozen_share: float = 0.0  # pixel stage: share of frozen features once trained (WiSE-FT)
     mil_lr: float = 0.1  # learning rate of the image and region stages over that of the pixel stage; paper: 1
 
@@ -180,7 +179,7 @@ class Cascade(nn.Module):
         train_image, train_region, train_pixel = (cfg.only in (None, stage) for stage in STAGES)
         loss_image = loss_region = loss_pixel = 0.0
         if cfg.facing:  # pairs are found in the view of the target that faces as the source does
-            trg, away = self.face(src, trg)
+            trg, away = face_the_source(lambda s, t: self.volume(s, t, "nn"), src, trg)
         with torch.set_grad_enabled(train_image):
             corr = self.image(src, trg)
             if train_image:
@@ -197,27 +196,10 @@ class Cascade(nn.Module):
             if cfg.facing:
                 chosen, trg = put_back(chosen, away, trg.grid[1]), as_is
             log["pixel"] = loss_pixel = self.pixel.loss(self.pixel(src, trg), chosen)
-            import os
-            if os.environ.get("OWN"):
-                own = mirror_pairs(trg, cfg.saliency_threshold)
-                log["own"] = self.pixel.loss(self.pixel(trg, trg.mirror), own)
-                loss_pixel = loss_pixel + float(os.environ["OWN"]) * log["own"]
             log["pairs"] = chosen.valid.float().sum(1).mean()
         # Eq. (3): L_all = lambda_1 L_I + lambda_2 L_R + lambda_3 L_P
         loss = cfg.lambda_image * loss_image + cfg.lambda_region * loss_region + cfg.lambda_pixel * loss_pixel
         return loss, log
-
-    @torch.no_grad()
-    def face(self, src: Features, trg: Features) -> tuple[Features, Tensor]:
-        """The targets, each by itself or mirrored, as it faces its source's way, and (B,) bool: mirrored."""
-        volumes = plain_and_mirrored(lambda s, t: self.volume(s, t, "nn"), src, trg)
-        near = (neighbourhood_consensus(corr, 3) for corr in volumes)
-        away = facing_score(*near, src.saliency >= FOREGROUND, trg.saliency >= FOREGROUND) > 0
-
-        def choose(x: Tensor, mirrored: Tensor) -> Tensor:
-            return torch.where(away.view(-1, *[1] * (x.dim() - 1)), mirrored, x)
-
-        return trg._replace(mirror=None).map(choose, trg.mirror), away
 
     def volume(self, src: Features, trg: Features, method: str | None = None) -> Tensor:
         """The volume (B, Hs, Ws, Ht, Wt) of a stage, or of the frozen features: "nn" nearest neighbour,
@@ -438,8 +420,8 @@ def train(cfg: Config, resume: str | None = None, build: Callable[[Config], Casc
                 views = torch.cat([batch["src_img"], batch["trg_img"]])
                 maps = torch.cat([batch["src_sal"], batch["trg_sal"]])
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and cfg.amp):
-                    maps = maps if maps.numel() else None
-                    both = both_faces(cascade, views, maps) if cfg.facing else cascade.features(views, maps)
+                    features = both_faces if cfg.facing else type(cascade).features
+                    both = features(cascade, views, maps if maps.numel() else None)
                     src, trg = both.map(lambda x: x[: cfg.batch]), both.map(lambda x: x[cfg.batch :])
                     loss, parts = cascade(src, trg, batch["label"].to(device))
                 (loss / cfg.accumulate).backward()

@@ -25,7 +25,8 @@ class Dense:
         self.cascade, self.cfg, self.backbone = cascade, cascade.cfg, cascade.backbone
 
     def features(self, images: Tensor, saliency: Tensor | None = None) -> Features:
-        """Images (B, 3, H, W), and no maps, to Features of 2H/patch x 2W/patch cells; the token is the mean of four."""
+        """Images (B, 3, H, W), without maps, to Features of 2H/patch x 2W/patch cells; the token is the mean
+        of four."""
         (height, width), half = images.shape[-2:], self.backbone.patch // 2
         first = (half + 1) // 2  # cells then lie where those of a grid of twice the cells do, to half a pixel
         padded = F.pad(images, (first, half - first, first, half - first), mode="replicate")

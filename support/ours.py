@@ -149,7 +149,7 @@ def affine_voting(corr: Tensor, mask_s: Tensor, mask_t: Tensor,
 
 
 def affine_reading(near: Tensor, wide: Tensor, mask_s: Tensor, mask_t: Tensor) -> Tensor:
-    """A volume read by the couple's affine map, as far as the map explains it: (1 - g) near + g wide Gaussian.
+    """A volume read by the couple's affine map, as far as that explains it: (1 - g) near + g wide Gaussian.
 
     near, wide (B, Hs, Ws, Ht, Wt): the consensus of few and of many neighbours; the Gaussian of AFFINE_SPREAD
     cells lies around where the map of `near` sends a cell; g: the votes for the map less those against it, at
@@ -163,7 +163,7 @@ def affine_reading(near: Tensor, wide: Tensor, mask_s: Tensor, mask_t: Tensor) -
 
 
 def both_faces(matcher, images: Tensor, saliency: Tensor | None = None):
-    """Features of images (B, 3, H, W) with those of their mirror images beside them: two passes of a backbone.
+    """Features of images (B, 3, H, W) with those of their mirror images beside them; the backbone runs twice.
     saliency (B, h, w) or None."""
     saliency = saliency if saliency is None else torch.cat([saliency, saliency.flip(-1)])
     several, count = matcher.features(torch.cat([images, images.flip(-1)]), saliency), len(images)
@@ -189,6 +189,19 @@ def facing_score(plain: Tensor, mirrored: Tensor, mask_s: Tensor, mask_t: Tensor
     return better - FACING_MARGIN
 
 
+@torch.no_grad()
+def face_the_source(volume: Callable, src, trg) -> tuple:
+    """The targets (Features with their mirror images'), each by itself or mirrored, as it faces its source's
+    way; and (B,) bool: mirrored. volume(src, trg): of frozen features."""
+    near = [neighbourhood_consensus(corr, 3) for corr in plain_and_mirrored(volume, src, trg)]
+    away = facing_score(*near, src.saliency >= FOREGROUND, trg.saliency >= FOREGROUND) > 0
+
+    def choose(x: Tensor, mirrored: Tensor) -> Tensor:
+        return torch.where(away.view(-1, *[1] * (x.dim() - 1)), mirrored, x)
+
+    return trg._replace(mirror=None).map(choose, trg.mirror), away
+
+
 def faces_other_way(scores: Tensor) -> Tensor:
     """Which pairs of K images face opposite ways (K, K) bool, by agreement of all: opposite signs in the
     leading eigenvector of minus their scores, (K, K), symmetric, those of facing_score."""
@@ -198,8 +211,9 @@ def faces_other_way(scores: Tensor) -> Tensor:
 
 @torch.no_grad()
 def best_reading(volume: Callable, src, trg, smooth: bool) -> Tensor:
-    """Our reading of a volume: the target as it is or its mirror image, each by the couple's affine map, mixed
-    by the probability that the target faces the other way; (B, Hs, Ws, Ht, Wt) in the target's own cells.
+    """Our reading of a volume: with the target as it is and with its mirror image, each read by the couple's
+    affine map, mixed by the probability that the target faces the other way; (B, Hs, Ws, Ht, Wt) in the
+    target's own cells.
 
     volume(src, trg): the volume of features that have their mirror images'. smooth: it holds no consensus of
     neighbours yet.
