@@ -16,6 +16,7 @@ from modules import (
     MVAM,
     Features,
     Pairs,
+    hough_matching,
     matching_scores,
     multiple_instance_loss,
     pair_nms,
@@ -24,6 +25,14 @@ from modules import (
 
 # A pair nearer than this to a better one, at either end, is dropped, so that no two share a cell; not given
 NMS_RADIUS = 1.0
+REFINE = 1.0  # cells; how far a region moves a match of the image stage; not given
+
+
+def around(centre: Tensor, side: int) -> Tensor:
+    """A Gaussian of REFINE cells around (x, y) in a window of side x side cells: (B, 2) to (B, side, side)."""
+    step = torch.arange(side, device=centre.device)
+    x, y = (torch.exp(-0.5 * ((step - c[:, None]) / REFINE) ** 2) for c in centre.unbind(-1))
+    return y[:, :, None] * x[:, None]
 
 
 class RegionStage(nn.Module):
@@ -73,17 +82,20 @@ class RegionStage(nn.Module):
     @torch.no_grad()
     def transfer(self, image: ImageStage, src: Features, trg: Features, points: Tensor) -> Tensor:
         """Source to target without a pixel stage (Table 5, V): the image stage's match of points (B, n, 2),
-        (x, y) in source cells, refined inside the region pair around it; returns (B, n, 2) in target
-        cells."""
-        coarse = transfer_keypoints(image(src, trg), points)
+        (x, y) in source cells, after Hough matching, refined inside the region pair around it; returns
+        (B, n, 2) in target cells."""
+        corr = hough_matching(image(src, trg), side=self.cfg.hough_side)
+        coarse = transfer_keypoints(corr, points)
         ends = []
         for xy, (h, w) in ((points, src.grid), (coarse, trg.grid)):
             x, y = xy[..., 0].round().long().clamp(0, w - 1), xy[..., 1].round().long().clamp(0, h - 1)
             ends.append(y * w + x)
         all_valid = torch.ones_like(ends[0], dtype=torch.bool)
         regions = image.regions(Pairs(*ends, torch.zeros_like(coarse[..., 0]), all_valid), src, trg)
-        inside = (points - regions.origin_s).flatten(0, 1)[:, None]  # (B*n, 1, 2)
-        moved = transfer_keypoints(self(regions.src, regions.trg), inside)
+        inside, centre = ((xy - origin).flatten(0, 1)[:, None] for xy, origin in (
+            (points, regions.origin_s), (coarse, regions.origin_t)))  # (B*n, 1, 2)
+        near = around(centre[:, 0], REGION)  # (B*n, r, r)
+        moved = transfer_keypoints(self(regions.src, regions.trg).clamp(min=0) * near[:, None, None], inside)
         return moved.view_as(points) + regions.origin_t
 
 
