@@ -36,15 +36,25 @@ def right_matches(images: Shapes, pair: dict) -> list[bool]:
     return (np.linalg.norm(pair["trg_kps"] - truth, axis=1) <= 0.1 * max(x1 - x0, y1 - y0)).tolist()
 
 
-def precision_table(judged: list[tuple[str, float, bool]], cap: float) -> dict[str, list]:
-    """Share of right matches in per cent, and their number, by kind and, of kept ones, by quarters of the
-    loop error up to its cap. judged: (kind, loop error, right) of every match."""
-    rows = {kind: [right for what, _, right in judged if what == kind] for kind in KINDS}
+def face_alike(images: Shapes, pair: dict) -> bool:
+    """Whether both objects of a pair of shapes are drawn facing the same way: their polygons wind alike."""
+    outlines = (images.draw(pair[side])["parts"][0] for side in ("src", "trg"))
+    src, trg = ((np.roll(z, -1) * z.conj()).imag.sum() for z in outlines)  # twice the signed areas
+    return bool(src * trg > 0)
+
+
+def precision_table(judged: list[tuple[str, float, bool, bool]], cap: float) -> dict[str, list]:
+    """Share of right matches in per cent, and their number, by kind and, of kept ones, by facing and by
+    quarters of the loop error up to its cap. judged: (kind, loop error, right, whether its pair faces alike)
+    of every match."""
+    rows = {kind: [right for what, _, right, _ in judged if what == kind] for kind in KINDS}
+    for name, alike in (("kept, facing alike", True), ("kept, facing opposite ways", False)):
+        rows[name] = [right for what, _, right, same in judged if what == "kept" and same == alike]
     edges = np.linspace(0, min(cap, 1), 5)
     for low, high in zip(edges, edges[1:]):
         name = f"kept, loop error {100 * low:.1f} to {100 * high:.1f} %"
         last = high == edges[-1]
-        mine = [(e, right) for what, e, right in judged if what == "kept"]
+        mine = [(e, right) for what, e, right, _ in judged if what == "kept"]
         rows[name] = [right for e, right in mine if low <= e and (e < high or last)]
     return {name: [round(100 * float(np.mean(some)), 1), len(some)] for name, some in rows.items() if some}
 
@@ -94,14 +104,15 @@ def summarise(cfg, images: data.ImageSet, members: Members, singles, measured,
             row[record["split"]] += 1
             row["points"] += len(pair["errors"])
         if isinstance(images, Shapes):
-            judged += [(kind, *both) for both in zip(pair["errors"], right_matches(images, pair))]
+            alike = face_alike(images, pair)
+            judged += [(kind, *both, alike) for both in zip(pair["errors"], right_matches(images, pair))]
     counts = image_counts(cfg, images, sum(map(len, members.values())), singles, measured)
     summary = {
         "config": dataclasses.asdict(cfg),
         "box": "detector" if cfg.detector else "foreground",
         "images": counts | {"kept": sum(map(len, kept.values())), "used": len(used)},
         "loops": sum(measured.loops.values()),
-        "volumes": measured.volumes + sum(math.comb(len(record["images"]), 2) for record in pairs),
+        "volumes": (1 + cfg.facing) * (measured.volumes + sum(math.comb(len(r["images"]), 2) for r in pairs)),
         "pairs": {split: sum(row[split] for row in rows.values()) for split in ("trn", "val")},
         "points": sum(row["points"] for row in rows.values()),
         "image_error_quantiles": quantiles(list(measured.errors.values())),
