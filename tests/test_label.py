@@ -78,7 +78,7 @@ def test_clique_errors_equal_those_of_one_loop_at_a_time(monkeypatch):
                     tables = []
                     for a, b in ((s, m), (m, t), (t, s)):  # three volumes a loop
                         first, second = sorted((a, b))
-                        ends = (Features(*(x[i : i + 1] for x in clique.feats)) for i in (first, second))
+                        ends = (clique.feats.map(lambda x, i=i: x[i : i + 1]) for i in (first, second))
                         corr = cascade.volume(*ends)
                         rows = corr[0] if a == first else corr[0].permute(2, 3, 0, 1)
                         tables.append(kernel_soft_argmax(rows).tolist())
@@ -97,7 +97,7 @@ def test_maps_and_partners_of_one_volume_serve_both_directions():
     h, w = clique.feats.grid
     for a in range(4):
         for b in range(a + 1, 4):
-            src, trg = (Features(*(x[i : i + 1] for x in clique.feats)) for i in (a, b))
+            src, trg = (clique.feats.map(lambda x, i=i: x[i : i + 1]) for i in (a, b))
             corr = cascade.volume(src, trg)
             torch.testing.assert_close(maps[a, b], kernel_soft_argmax(corr)[0], atol=1e-4, rtol=1e-4)
             back = kernel_soft_argmax(corr.permute(0, 3, 4, 1, 2))[0]
@@ -328,11 +328,13 @@ def test_a_file_that_is_no_detector_is_refused_in_one_line(tmp_path):
 
 
 def test_precision_counts_right_matches_by_kind_and_by_loop_error():
-    judged = [("kept", 0.01, True), ("kept", 0.025, False), ("kept", 0.1, True)]
-    judged += [("dropped images", 0.05, False)]
+    judged = [("kept", 0.01, True, True), ("kept", 0.025, False, False), ("kept", 0.1, True, True)]
+    judged += [("dropped images", 0.05, False, True)]
     assert label_report.precision_table(judged, 0.1) == {
         "kept": [66.7, 3],
         "dropped images": [0.0, 1],
+        "kept, facing alike": [100.0, 2],
+        "kept, facing opposite ways": [0.0, 1],
         "kept, loop error 0.0 to 2.5 %": [100.0, 1],
         "kept, loop error 2.5 to 5.0 %": [0.0, 1],
         "kept, loop error 7.5 to 10.0 %": [100.0, 1],

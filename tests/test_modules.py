@@ -185,17 +185,29 @@ def test_conditioning_is_half_whitened_principal_axes():
 
 
 def test_pair_axes_are_those_of_the_couples_own_cells():
-    """Against the conditioning of both images' cells together, a couple at a time; few cells leave axes at
-    zero."""
-    src, trg = torch.randn(2, 30, 12) + 3, torch.randn(2, 20, 12)
-    found = pair_axes(src, trg, axes=5)
-    assert found[0].shape == (2, 30, 5) and found[1].shape == (2, 20, 5)
-    for b in range(2):
-        conditioning = Conditioning(12, 5)
-        conditioning.fit(torch.cat([src[b], trg[b]]))
-        for got, cells in ((found[0][b], src[b]), (found[1][b], trg[b])):
-            torch.testing.assert_close(got.abs(), conditioning(cells).abs(), rtol=1e-3, atol=1e-4)
-    few = torch.cat(pair_axes(src[:, :2], trg[:, :2], axes=99), 1)  # four cells vary along three directions
+    """Against the conditioning of both images' cells together, and of their mirror images' where there are
+    such, a couple at a time; few cells leave axes at zero."""
+
+    def image(feat: torch.Tensor) -> Features:
+        return Features(feat, torch.randn(2, 12), torch.rand(2, feat.shape[1], 1))
+
+    src, trg = image(torch.randn(2, 30, 12) + 3), image(torch.randn(2, 20, 12))
+    turned_s, turned_t = image(torch.randn(2, 30, 12) - 2), image(torch.randn(2, 20, 12) * 2)
+    for ends in ((src, trg), (src._replace(mirror=turned_s), trg._replace(mirror=turned_t))):
+        found = pair_axes(*ends, axes=5)
+        sides = [x for end in ends for x in (end, end.mirror) if x is not None]
+        got = [x for end in found for x in (end, end.mirror) if x is not None]
+        assert [x.feat.shape for x in got] == [(2, x.feat.shape[1], 5) for x in sides]
+        assert all(x.token is y.token and x.saliency is y.saliency for x, y in zip(got, sides))
+        for b in range(2):
+            conditioning = Conditioning(12, 5)
+            conditioning.fit(torch.cat([x.feat[b] for x in sides]))
+            for x, y in zip(got, sides):
+                torch.testing.assert_close(
+                    x.feat[b].abs(), conditioning(y.feat[b]).abs(), rtol=1e-3, atol=1e-4
+                )
+    few = pair_axes(*(image(x.feat[:, :2]) for x in (src, trg)), axes=99)
+    few = torch.cat([x.feat for x in few], 1)  # four cells vary along three directions
     assert few.shape == (2, 4, 12) and (few.abs().amax(1) > 1e-4).sum(1).tolist() == [3, 3]
     assert few.isfinite().all()
 

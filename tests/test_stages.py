@@ -20,7 +20,7 @@ from modules import (
 from pixel_stage import PixelStage, soft_target
 from region_stage import RegionStage
 from support.conditioning import pair_axes
-from support.ours import neighbourhood_consensus
+from support.ours import best_reading, both_faces, neighbourhood_consensus
 from train import STAGES, Cascade, Config
 
 DIM = 16
@@ -355,13 +355,14 @@ def test_region_transfer_refines_inside_the_regions_around_the_image_match():
 
 
 def test_region_transfer_is_the_match_in_the_window_volume_around_the_coarse_one():
-    """By hand: coarse match, the two whole windows round both ends, their volume, and the window's origin
-    added."""
+    """By hand: coarse match after Hough matching, the two whole windows round both ends, their volume under a
+    Gaussian of one cell around the coarse match, and the window's origin added."""
     cascade = small_cascade()
     src, trg, _ = one_batch(cascade)
     points = torch.tensor([[[2.3, 3.4], [5.9, 0.2]]]).expand(3, -1, -1)
     found = cascade.transfer(src, trg, points, "region")
-    coarse = transfer_keypoints(cascade.image(src, trg), points)
+    votes = torch.stack([hough_table(corr) for corr in cascade.image(src, trg).detach()])
+    coarse = transfer_keypoints(votes, points)
     for b, n in itertools.product(range(3), range(2)):
         ends = []
         for image, (x, y) in ((src, points[b, n].tolist()), (trg, coarse[b, n].tolist())):
@@ -369,7 +370,11 @@ def test_region_transfer_is_the_match_in_the_window_volume_around_the_coarse_one
             block = image.feat[b].view(6, 7, -1)[y0 : y0 + 5, x0 : x0 + 5].flatten(0, 1)[None]
             ends.append((Features(block, block.mean(1), torch.ones(1, 5, 5)), torch.tensor([x0, y0])))
         (window_s, origin_s), (window_t, origin_t) = ends
-        moved = transfer_keypoints(cascade.region(window_s, window_t), (points[b, n] - origin_s)[None, None])
+        corr = cascade.region(window_s, window_t).detach().clamp(min=0)
+        for y, x in itertools.product(range(5), range(5)):
+            off = coarse[b, n] - origin_t - torch.tensor([x, y])
+            corr[0, :, :, y, x] *= math.exp(-0.5 * float(off.square().sum()))
+        moved = transfer_keypoints(corr, (points[b, n] - origin_s)[None, None])
         torch.testing.assert_close(found[b, n], moved[0, 0] + origin_t, rtol=1e-4, atol=1e-4)
 
 
@@ -386,14 +391,57 @@ def test_neighbourhood_consensus_is_the_pixel_stages_alone():
     torch.testing.assert_close(without.volume(src, trg, "pixel"), plain)
 
 
-def test_the_best_frozen_reading_is_consensus_on_the_couples_own_axes():
+def two_faces(cascade: Cascade, batch: int = 2) -> tuple[Features, Features]:
+    return tuple(
+        both_faces(cascade, torch.randn(batch, 3, 48, 56), torch.rand(batch, 6, 7)) for _ in range(2)
+    )
+
+
+def cosines(src: Features, trg: Features) -> torch.Tensor:
+    return cosine_volume(src.feat, trg.feat, src.grid, trg.grid)
+
+
+def test_the_best_frozen_reading_is_on_the_couples_own_axes_unless_there_are_others():
     cascade = Cascade(config())
-    src, trg, _ = one_batch(cascade)
-    on_axes = cosine_volume(*pair_axes(src.feat, trg.feat, 256), src.grid, trg.grid)
-    torch.testing.assert_close(cascade.volume(src, trg, "best"), neighbourhood_consensus(on_axes, 5))
+    src, trg = two_faces(cascade)
+    found, axes = cascade.volume(src, trg, "best"), pair_axes(src, trg, 256)
+    torch.testing.assert_close(found, best_reading(cosines, *axes, smooth=True))
+    assert not torch.allclose(found, best_reading(cosines, src, trg, smooth=True), atol=0.01)
     trained = Cascade(config(axes=16))  # on axes of training images already
-    src, trg, _ = one_batch(trained)
-    assert torch.equal(trained.volume(src, trg, "best"), trained.volume(src, trg, "consensus"))
+    src, trg = two_faces(trained)
+    torch.testing.assert_close(trained.volume(src, trg, "best"), best_reading(cosines, src, trg, smooth=True))
+
+
+@pytest.mark.parametrize("stage, consensus, smooth", [("image", 3, True), ("pixel", 3, False),
+                                                      ("pixel", 0, True)])  # fmt: skip
+def test_the_best_reading_of_a_stage_is_of_its_own_volume(stage, consensus, smooth):
+    """The pixel stage's holds a consensus of neighbours already, where it has one."""
+    cascade = small_cascade(consensus=consensus)
+    src, trg = two_faces(cascade)
+    with torch.no_grad():
+        found = cascade.volume(src, trg, f"best-{stage}")
+        expected = best_reading(getattr(cascade, stage), src, trg, smooth)
+        other = best_reading(getattr(cascade, stage), src, trg, not smooth)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, other, atol=1e-3)
+    points = torch.rand(2, 5, 2) * 5
+    torch.testing.assert_close(
+        cascade.transfer(src, trg, points, f"best-{stage}"), transfer_keypoints(expected, points)
+    )
+
+
+def test_a_stages_match_comes_after_its_hough_matching_and_that_of_frozen_features_does_not():
+    cascade = small_cascade(hough_side=3)
+    src, trg, _ = one_batch(cascade)
+    points = torch.rand(3, 6, 2) * 5
+    for method in ("image", "pixel"):
+        corr = cascade.volume(src, trg, method).detach()
+        votes = torch.stack([hough_table(c, 3) for c in corr])
+        found = cascade.transfer(src, trg, points, method)
+        torch.testing.assert_close(found, transfer_keypoints(votes, points), rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(found, transfer_keypoints(corr, points), atol=0.1)
+    found = cascade.transfer(src, trg, points, "nn")
+    torch.testing.assert_close(found, transfer_keypoints(cosines(src, trg), points))
 
 
 def test_frozen_share_averages_features_of_the_pixel_stage_in_eval_mode_alone():
