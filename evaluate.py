@@ -285,7 +285,8 @@ def load_methods(args: argparse.Namespace) -> tuple[Cascade | Dense, list[str]]:
         methods, cfg = baseline or ["best"], cascade.cfg
         if not baseline and not processes()[0]:
             block = "last block" if cfg.layer == "-1" else f"--layer {cfg.layer}"
-            best = f"consensus on {min(256, cascade.backbone.dim)} principal axes of the pair's own cells"
+            axes = f"{min(256, cascade.backbone.dim)} principal axes of the pair's own cells"
+            best = f"facing and affine voting on {axes}"
             print(f"frozen {cfg.backbone}, {block}, {cfg.size} px, reading best ({best});"
                   " --checkpoint FILE scores a trained one")
     if args.dense and "region" in methods:

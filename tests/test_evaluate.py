@@ -377,7 +377,7 @@ def test_without_checkpoint_the_frozen_backbone_is_scored_by_its_best_reading(ru
     told = "frozen random_vit8", "last block", "128 px", "best", "128 principal axes", "--checkpoint FILE"
     assert all(words in line for words in told)
     assert list(scores) == ["best"] and "\nbest on shapes test: " in said
-    cascade = Cascade(Config(**PRESETS["quick"])).eval()
+    cascade = Cascade(Config(**PRESETS["quick"] | {"saliency": "attention"})).eval()
     found = predict(cascade, shapes_pairs("test"), ["best", "nn"], quiet=True)
     expected = {m: score(places, shapes_pairs("test"))["bbox"]["per_image"] for m, places in found.items()}
     assert scores["best"]["bbox"]["per_image"] == pytest.approx(expected["best"], abs=1e-3) != expected["nn"]
@@ -490,7 +490,8 @@ def test_three_processes_write_exactly_what_one_writes(tiny_checkpoint, tmp_path
     assert (tmp_path / "several.json").read_text() == (tmp_path / "one.json").read_text()
     tables = [re.sub(r"in .* s, .* pairs/s", "", done.stdout) for done in (one, several)]
     assert tables[0] == tables[1] and tables[0].count("hough on shapes test: 200 pairs") == 1  # printed once
-    assert list(json.loads((tmp_path / "one.json").read_text())["scores"]["target"]) == ["pixel", "hough"]
+    methods = ["pixel", "best-pixel", "hough"]
+    assert list(json.loads((tmp_path / "one.json").read_text())["scores"]["target"]) == methods
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -712,7 +713,7 @@ def test_a_device_that_is_not_there_is_named(run_main):
 def test_a_stage_the_checkpoint_does_not_have_is_named(run_main, tmp_path):
     cascade = Cascade(Config(backbone="random_vit8", stages=1))
     save(tmp_path / "image.pt", cascade, torch.optim.AdamW(cascade.image.parameters()), 0)
-    for stage in ("region", "pixel"):
+    for stage in ("region", "pixel", "best-pixel"):
         with pytest.raises(ValueError, match=f"--stage {stage}"):
             run_main("--checkpoint", tmp_path / "image.pt", "--stage", stage)
 
