@@ -58,17 +58,23 @@ def blocks_of_pairs(keypoints: data.KeypointSet, numbers: list[int], held: int) 
 
 
 def features_of(matcher, keypoints: data.KeypointSet, images: list[int], batch: int,
-                mirror: bool) -> dict[int, Features]:
-    """The features of every image, with those of its mirror image if they are wanted, each of batch size 1;
-    the sizes of the images are noted on the way."""
+                mirror: bool, maps: bool = False) -> dict[int, Features]:
+    """The features of every image, each of batch size 1; the sizes of the images are noted on the way.
+
+    mirror: with those of the mirror images. maps: with the saliency maps of the set, which scoring never
+    sees.
+    """
     found: dict[int, Features] = {}
     for first in range(0, len(images), batch):
-        some, views = images[first : first + batch], []
+        some, views, cells = images[first : first + batch], [], []
         for index in some:
-            image = keypoints.load(index)[0]
+            image, saliency = keypoints.load(index)
             keypoints.sizes[index] = image.size
-            views.append(data.prepare(image, None, matcher.cfg.size, matcher.backbone.patch)[0])
-        several = (both_faces if mirror else type(matcher).features)(matcher, torch.stack(views))
+            view, cell = data.prepare(image, saliency, matcher.cfg.size, matcher.backbone.patch)
+            views.append(view)
+            cells += [cell] if maps and cell is not None else []
+        features = both_faces if mirror else type(matcher).features
+        several = features(matcher, torch.stack(views), *([torch.stack(cells)] if cells else []))
         found |= {index: several.map(lambda x, k=k: x[k : k + 1]) for k, index in enumerate(some)}
     return found
 
@@ -272,7 +278,6 @@ def load_methods(args: argparse.Namespace) -> tuple[Cascade | Dense, list[str]]:
     given = {k: v for k in ("backbone", "layer", "size") if (v := getattr(args, k)) is not None}
     device, baseline = find_device(args.device), list(FROZEN) if args.baseline == [] else args.baseline or []
     if args.checkpoint:
-        given["saliency"] = "attention"
         cascade = load_cascade(args.checkpoint, weights=args.weights, device=device, **given)
         last = cascade.cfg.final_stage
         methods = (args.stage or [last, *best_of(last)]) + baseline
@@ -280,8 +285,7 @@ def load_methods(args: argparse.Namespace) -> tuple[Cascade | Dense, list[str]]:
             raise ValueError(f"--stage {missing[0]}: {args.checkpoint} ends with the {last} stage")
     else:
         preset = PRESETS["quick"] if args.dataset == "shapes" else {}
-        given |= {"weights": args.weights, "saliency": "attention"}
-        cascade = Cascade(Config(**preset | given)).to(device).eval()
+        cascade = Cascade(Config(**preset | given | {"weights": args.weights})).to(device).eval()
         methods, cfg = baseline or ["best"], cascade.cfg
         if not baseline and not processes()[0]:
             block = "last block" if cfg.layer == "-1" else f"--layer {cfg.layer}"

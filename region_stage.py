@@ -29,7 +29,7 @@ REFINE = 1.0  # cells; how far a region moves a match of the image stage; not gi
 
 
 def around(centre: Tensor, side: int) -> Tensor:
-    """A Gaussian of REFINE cells around (x, y) in a window of side x side cells: (B, 2) to (B, side, side)."""
+    """A Gaussian of REFINE cells around (x, y) in a window, (B, 2) to (B, side, side)."""
     step = torch.arange(side, device=centre.device)
     x, y = (torch.exp(-0.5 * ((step - c[:, None]) / REFINE) ** 2) for c in centre.unbind(-1))
     return y[:, :, None] * x[:, None]
@@ -82,7 +82,7 @@ class RegionStage(nn.Module):
     @torch.no_grad()
     def transfer(self, image: ImageStage, src: Features, trg: Features, points: Tensor) -> Tensor:
         """Source to target without a pixel stage (Table 5, V): the image stage's match of points (B, n, 2),
-        (x, y) in source cells, after Hough matching, refined inside the region pair around it; returns
+        (x, y) in source cells, after Hough matching, refined inside the region pair around it. Returns
         (B, n, 2) in target cells."""
         corr = hough_matching(image(src, trg), side=self.cfg.hough_side)
         coarse = transfer_keypoints(corr, points)

@@ -161,7 +161,9 @@ class Cascade(nn.Module):
         """Images (B, 3, H, W) and maps (B, h, w) or None to Features: the backbone runs once per image."""
         device = next(self.backbone.parameters()).device
         images = images.to(device, non_blocking=True)
-        if saliency is None and self.cfg.saliency == "attention":
+        # evaluation has no maps; attention means something unless weights are random
+        guess = not self.training and self.cfg.saliency != "none" and self.cfg.backbone != "random_vit8"
+        if saliency is None and (self.cfg.saliency == "attention" or guess):
             feat, token, saliency = self.backbone(images, attention=True)
         else:
             feat, token = self.backbone(images)

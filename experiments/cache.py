@@ -20,7 +20,7 @@ class Known(dict[bytes, Features]):
 
     def add(self, key: bytes, features: Features) -> None:
         """Keep them where they fit; else the view is computed anew when it comes again."""
-        size = sum(x.nbytes for x in features)
+        size = sum(x.nbytes for x in features[:3])
         if size <= self.free:
             self[key] = features
             self.free -= size
@@ -44,4 +44,4 @@ def remembered(known: Known, compute: Callable[..., Features], device: torch.dev
             features = compute(*view).map(lambda x: x[0].cpu())
             known.add(key, features)
         found.append(features)
-    return Features(*(torch.stack(x).to(device) for x in zip(*found)))
+    return found[0].map(lambda *x: torch.stack(x).to(device), *found[1:])

@@ -104,6 +104,13 @@ def fit_affine(x: Tensor, y: Tensor, weight: Tensor, pull: float = 0.1) -> tuple
     return linear, (mean_y - mean_x @ linear)[:, 0]
 
 
+def is_usable(linear: Tensor) -> Tensor:
+    """Which maps (R, 2, 2) neither mirror nor stretch or shrink any direction by more than three or four."""
+    det, total = torch.linalg.det(linear), linear.square().sum((1, 2))  # s1 s2 and s1^2 + s2^2
+    largest = ((total + (total**2 - 4 * det**2).clamp(min=0).sqrt()) / 2).sqrt()
+    return (largest < 3) & (det > largest / 4)
+
+
 @torch.no_grad()
 def affine_voting(corr: Tensor, mask_s: Tensor, mask_t: Tensor,
                   hypotheses: int = 256) -> tuple[Tensor, Tensor]:
@@ -131,9 +138,7 @@ def affine_voting(corr: Tensor, mask_s: Tensor, mask_t: Tensor,
     pick = torch.searchsorted(share, draws.expand(len(corr), -1).contiguous()).clamp(max=hs * ws - 1)
     three_x, three_y = (z.gather(1, pick[..., None].expand(-1, -1, 2)).view(-1, 3, 2) for z in (x, y))
     linear, offset = fit_affine(three_x, three_y, torch.ones_like(three_x[..., 0]))
-    det, total = torch.linalg.det(linear), linear.square().sum((1, 2))  # s1 s2 and s1^2 + s2^2
-    largest = ((total + (total**2 - 4 * det**2).clamp(min=0).sqrt()) / 2).sqrt()
-    usable = (largest < 3) & (det > largest / 4)
+    usable = is_usable(linear)
     linear, offset = linear.view(len(corr), -1, 2, 2), offset.view(len(corr), -1, 1, 2)
     inlier = (x[:, None] @ linear + offset - y[:, None]).norm(dim=-1) < AFFINE_INLIER  # (B, R, Ns)
     votes = (inlier * weight[:, None]).sum(2).masked_fill(~usable.view(len(corr), -1), -1)
@@ -142,10 +147,13 @@ def affine_voting(corr: Tensor, mask_s: Tensor, mask_t: Tensor,
     linear, offset = linear[each, winner], offset[each, winner, 0]
     for _ in range(3):
         inlier = (x @ linear + offset[:, None] - y).norm(dim=-1) < AFFINE_INLIER
-        linear, offset = fit_affine(x, y, weight * inlier)
+        new, moved = fit_affine(x, y, weight * inlier)
+        kept = is_usable(new)
+        linear = torch.where(kept[:, None, None], new, linear)
+        offset = torch.where(kept[:, None], moved, offset)
     where = x @ linear + offset[:, None]
     inlier = (where - y).norm(dim=-1) < AFFINE_INLIER
-    return where, (weight * inlier).sum(1) / weight.sum(1)
+    return where, is_usable(linear) * (weight * inlier).sum(1) / weight.sum(1)
 
 
 def affine_reading(near: Tensor, wide: Tensor, mask_s: Tensor, mask_t: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def single_loop(cascade: Cascade, clique: Clique, s: int, m: int, t: int) -> tor
         torch.arange(clique.foreground.shape[1], device=clique.side.device), clique.feats.grid[1]
     )[None]
     for ends in ((s, m), (m, t), (t, s)):
-        corr = cascade.volume(*(Features(*(x[i : i + 1] for x in clique.feats)) for i in ends))
+        corr = cascade.volume(*(clique.feats.map(lambda x, i=i: x[i : i + 1]) for i in ends))
         points = read_at(kernel_soft_argmax(corr).permute(0, 3, 1, 2), points)
     return loop_errors(clique, s, points[0])
 

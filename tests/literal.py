@@ -1,8 +1,9 @@
-"""Literal forms of what modules.py computes: loops and tables as the sources write them, the yardstick of the
-tests."""
+"""Literal forms of what modules.py and support/ours.py compute: loops and tables as the sources write them,
+the yardstick of the tests."""
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,3 +66,55 @@ def hough_loop(corr: Tensor, side: int, exponent: float) -> Tensor:
         smooth = sum(w / total * votes.get((c - a + i, d - b + j), 0.0) for (i, j), w in weights.items())
         out[a, b, c, d] = similarity[a, b, c, d] * smooth
     return out
+
+
+def cells(height: int, width: int) -> list[tuple[int, int]]:
+    """(x, y) of a grid's cells, row by row."""
+    return [(x, y) for y in range(height) for x in range(width)]
+
+
+def ridge_fit(x: np.ndarray, y: np.ndarray, weight: np.ndarray, pull: float) -> tuple[np.ndarray, np.ndarray]:
+    """What fit_affine minimises, as rows of one least squares problem: (A, c), y = x A + c."""
+    weight = weight / weight.sum()
+    xc, yc = ((z - weight @ z) @ [1, 1j] for z in (x, y))  # as complex numbers
+    turn = (weight * xc.conj() * yc).sum() / (weight * abs(xc) ** 2).sum()
+    similarity = np.array([[turn.real, turn.imag], [-turn.imag, turn.real]])
+    ridge = math.sqrt(pull * (weight * abs(xc) ** 2).sum() / 2)
+    rows = np.vstack([np.sqrt(weight)[:, None] * np.c_[x, np.ones(len(x))], ridge * np.eye(2, 3)])
+    right = np.vstack([np.sqrt(weight)[:, None] * y, ridge * similarity])
+    found = np.linalg.lstsq(rows, right, rcond=None)[0]
+    return found[:2], found[2]
+
+
+def ransac(corr: Tensor, mask_s: Tensor, mask_t: Tensor, hypotheses: int = 256) -> tuple[np.ndarray, float]:
+    """affine_voting of one couple, one hypothesis and one match at a time."""
+    src, trg = (np.array(cells(*mask.shape), float) for mask in (mask_s, mask_t))
+    keep_s, keep_t = (mask.flatten().numpy() for mask in (mask_s, mask_t))
+    table = np.maximum(corr.double().flatten(2).flatten(0, 1).numpy(), 0)
+    weight, match = np.full(len(src), 1e-12), np.zeros(len(src), int)
+    for i in range(len(src)):
+        match[i] = np.argmax(table[i] * keep_t)
+        back = np.argmax(table[:, match[i]] * keep_s)
+        off = math.dist(src[back], src[i])
+        vote = (table[i, match[i]] * keep_t[match[i]]) ** 3 * math.exp(-0.5 * (off / 1.5) ** 2)
+        weight[i] += vote * keep_s[i]
+    y, share = trg[match], np.cumsum(weight) / weight.sum()
+    draws = torch.rand(3 * hypotheses, generator=torch.Generator().manual_seed(0)).numpy().reshape(-1, 3)
+
+    def explained(linear, offset):
+        return np.array([math.dist(p @ linear + offset, q) < 2.5 for p, q in zip(src, y)])
+
+    best, winner = -1.0, None
+    for three in draws:
+        index = [min(int(np.searchsorted(share, u)), len(src) - 1) for u in three]
+        fit = ridge_fit(src[index], y[index], np.ones(3), 0.1) if len(set(index)) > 1 else None
+        if fit is None:  # three times one cell: no map
+            continue
+        large, small = np.linalg.svd(fit[0])[1]
+        if np.linalg.det(fit[0]) > 0 and large < 3 and small > 1 / 4:
+            votes = weight[explained(*fit)].sum()
+            if votes > best + 1e-9:
+                best, winner = votes, fit
+    for _ in range(3):
+        winner = ridge_fit(src, y, weight * explained(*winner), 0.1)
+    return src @ winner[0] + winner[1], weight[explained(*winner)].sum() / weight.sum()

@@ -70,7 +70,7 @@ def test_what_does_not_fit_in_memory_is_computed_anew():
         assert torch.equal(found.feat, views.flatten(2).transpose(1, 2) * 2)
     assert seen == [0, 1, 2, 3, 4, 3, 4, 3, 4]
     assert len(known) == 3 and known.free == 100
-    assert sum(x.nbytes for features in known.values() for x in features) == 3 * size
+    assert sum(x.nbytes for features in known.values() for x in features[:3]) == 3 * size
     small = views[3:4, :, :2, :2]  # 48 bytes
     remembered(known, compute, device, small)
     assert len(known) == 4 and known.free == 52

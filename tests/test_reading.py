@@ -1,4 +1,4 @@
-"""Our reading of a volume: facing and affine voting against loops and closed forms, and where facing is used."""
+"""Our reading of a volume: facing and affine voting against loops and closed forms, and its uses."""
 
 import math
 from pathlib import Path
@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from literal import cells, ransac, ridge_fit
 from PIL import Image
+from test_train import configured
 from torch import Tensor
 
 import data
@@ -16,11 +18,12 @@ from label import build_clique, clique_maps
 from modules import Features, Pairs, cosine_volume, kernel_soft_argmax, put_back, select_pairs
 from support.dense import Dense
 from support.ours import (
+    FACING_MARGIN,
+    FACING_SLOPE,
     affine_reading,
     affine_voting,
     best_reading,
     both_faces,
-    cell_grid,
     face_the_source,
     faces_other_way,
     facing_score,
@@ -29,7 +32,7 @@ from support.ours import (
     neighbourhood_consensus,
     plain_and_mirrored,
 )
-from train import Cascade, Config
+from train import Cascade, Config, train
 
 GRID_S, GRID_T = (9, 12), (11, 10)
 
@@ -37,11 +40,6 @@ GRID_S, GRID_T = (9, 12), (11, 10)
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def cells(height: int, width: int) -> list[tuple[int, int]]:
-    """(x, y) of a grid's cells, row by row."""
-    return [(x, y) for y in range(height) for x in range(width)]
 
 
 def cosines(src: Features, trg: Features) -> Tensor:
@@ -64,19 +62,6 @@ def two_faces(feat: Tensor, saliency: Tensor | None = None) -> Features:
 # One affine map
 
 
-def ridge_fit(x: np.ndarray, y: np.ndarray, weight: np.ndarray, pull: float) -> tuple[np.ndarray, np.ndarray]:
-    """What fit_affine minimises, as rows of one least squares problem: (A, c), y = x A + c."""
-    weight = weight / weight.sum()
-    xc, yc = ((z - weight @ z) @ [1, 1j] for z in (x, y))  # as complex numbers
-    turn = (weight * xc.conj() * yc).sum() / (weight * abs(xc) ** 2).sum()
-    similarity = np.array([[turn.real, turn.imag], [-turn.imag, turn.real]])
-    ridge = math.sqrt(pull * (weight * abs(xc) ** 2).sum() / 2)
-    rows = np.vstack([np.sqrt(weight)[:, None] * np.c_[x, np.ones(len(x))], ridge * np.eye(2, 3)])
-    right = np.vstack([np.sqrt(weight)[:, None] * y, ridge * similarity])
-    found = np.linalg.lstsq(rows, right, rcond=None)[0]
-    return found[:2], found[2]
-
-
 def test_the_fit_finds_a_known_map_and_is_weighted_least_squares_with_a_ridge():
     x, weight = torch.randn(3, 40, 2) * 4 + 5, torch.rand(3, 40) * 7
     linear, offset = torch.randn(3, 2, 2), torch.randn(3, 2) * 9
@@ -97,14 +82,14 @@ def test_a_strong_pull_gives_the_best_similarity_and_points_in_a_row_have_a_map(
     x, y, weight = torch.randn(2, 30, 2), torch.randn(2, 30, 2) * 3, torch.rand(2, 30)
     linear, offset = fit_affine(x, y, weight, pull=1e5)
     for b in range(2):
-        w = (weight[b] / weight[b].sum()).double()
-        p, q = (torch.complex(*z[b].double().unbind(-1)) for z in (x, y))
-        turn = ((p - w @ p.view_as(p).real - 1j * (w @ p.imag)).conj() * q * w).sum()
-        turn = turn / (w * (p - (w * p).sum()).abs() ** 2).sum()
-        shift = (w * q).sum() - turn * (w * p).sum()
-        expected = torch.stack([turn.real, turn.imag, -turn.imag, turn.real]).view(2, 2).float()
-        torch.testing.assert_close(linear[b], expected, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(offset[b], torch.stack([shift.real, shift.imag]).float(), rtol=1e-3, atol=1e-3)
+        w = (weight[b] / weight[b].sum()).double().numpy()
+        p, q = (z[b].double().numpy() @ [1, 1j] for z in (x, y))
+        centred = p - w @ p
+        turn = (w * centred.conj() * q).sum() / (w * abs(centred) ** 2).sum()
+        shift = w @ q - turn * (w @ p)
+        expected = [[turn.real, turn.imag], [-turn.imag, turn.real]]
+        np.testing.assert_allclose(linear[b], expected, atol=1e-3)
+        np.testing.assert_allclose(offset[b], [shift.real, shift.imag], atol=1e-3)
     row = torch.tensor([[[0.0, 0], [1, 2], [2, 4]]])
     linear, offset = fit_affine(row, 2 * row + 1, torch.ones(1, 3))
     torch.testing.assert_close(linear, 2 * torch.eye(2)[None], rtol=1e-3, atol=1e-3)
@@ -133,40 +118,7 @@ MAPS = {  # within the target's grid
 }
 
 
-def ransac(corr: Tensor, mask_s: Tensor, mask_t: Tensor, hypotheses: int = 256) -> tuple[np.ndarray, float]:
-    """affine_voting of one couple, one hypothesis and one match at a time."""
-    src, trg = (np.array(cells(*mask.shape), float) for mask in (mask_s, mask_t))
-    keep_s, keep_t = (mask.flatten().numpy() for mask in (mask_s, mask_t))
-    table = np.maximum(corr.double().flatten(2).flatten(0, 1).numpy(), 0)
-    weight, match = np.full(len(src), 1e-12), np.zeros(len(src), int)
-    for i in range(len(src)):
-        match[i] = np.argmax(table[i] * keep_t)
-        back = np.argmax(table[:, match[i]] * keep_s)
-        off = math.dist(src[back], src[i])
-        weight[i] += (table[i, match[i]] * keep_t[match[i]]) ** 3 * math.exp(-0.5 * (off / 1.5) ** 2) * keep_s[i]
-    y, share = trg[match], np.cumsum(weight) / weight.sum()
-    draws = torch.rand(3 * hypotheses, generator=torch.Generator().manual_seed(0)).numpy().reshape(-1, 3)
-
-    def explained(linear, offset):
-        return np.array([math.dist(p @ linear + offset, q) < 2.5 for p, q in zip(src, y)])
-
-    best, winner = -1.0, None
-    for three in draws:
-        index = [min(int(np.searchsorted(share, u)), len(src) - 1) for u in three]
-        fit = ridge_fit(src[index], y[index], np.ones(3), 0.1) if len(set(index)) > 1 else None
-        if fit is None:  # three times one cell: no map
-            continue
-        large, small = np.linalg.svd(fit[0])[1]
-        if np.linalg.det(fit[0]) > 0 and large < 3 and small > 1 / 4:
-            votes = weight[explained(*fit)].sum()
-            if votes > best + 1e-9:
-                best, winner = votes, fit
-    for _ in range(3):
-        winner = ridge_fit(src, y, weight * explained(*winner), 0.1)
-    return src @ winner[0] + winner[1], weight[explained(*winner)].sum() / weight.sum()
-
-
-def test_affine_voting_is_ransac_one_match_at_a_time():
+def test_affine_voting_finds_the_map_of_a_literal_ransac():
     for number, (linear, offset) in enumerate(MAPS.values()):
         corr, _, _ = planted(linear, offset, 0.3, number)
         mask_s, mask_t = torch.rand(1, *GRID_S) > 0.2, torch.rand(1, *GRID_T) > 0.1
@@ -184,7 +136,7 @@ def test_affine_voting_finds_the_map_of_every_couple_and_the_share_that_it_expla
     where, share = affine_voting(corr, *everything)
     for b, (volume, truth, right) in enumerate(found):
         assert float((where[b] - truth).norm(dim=1).max()) < 0.5, list(MAPS)[b]
-        assert float(share[b]) > 0.55 and abs(float(share[b]) - float(right.float().mean())) < 0.25
+        assert abs(float(share[b]) - float(right.float().mean())) < 0.1
         alone = affine_voting(volume, *(mask[:1] for mask in everything))
         torch.testing.assert_close(alone[0][0], where[b], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(alone[1][0], share[b], rtol=1e-3, atol=1e-3)
@@ -213,11 +165,20 @@ def test_a_mirrored_map_is_not_found(linear, offset):
     where, share = affine_voting(corr, *(torch.ones(1, *grid, dtype=torch.bool) for grid in (GRID_S, GRID_T)))
     rows = np.c_[np.array(cells(*GRID_S)), np.ones(len(truth))]
     found = np.linalg.lstsq(rows, where[0].numpy(), rcond=None)[0][:2]
-    assert np.linalg.det(found) > 0 and float(share) < 0.6
+    assert np.linalg.det(found) > 0 and float(share) < 0.5
     assert float((where[0] - truth).norm(dim=1).mean()) > 1
 
 
-def test_affine_reading_adds_a_gaussian_around_the_map_as_far_as_it_explains_the_votes(monkeypatch):
+@pytest.mark.parametrize("scale, side_s, side_t", [(0.0, 9, 11), (5.0, 5, 21)])
+def test_cells_that_all_match_one_place_or_lie_five_times_further_apart_have_no_map(scale, side_s, side_t):
+    src, trg = (torch.tensor(cells(side, side), dtype=torch.float32) for side in (side_s, side_t))
+    corr = torch.exp(-0.5 * (scale * src[:, None] + 0.3 - trg).square().sum(-1))
+    masks = [torch.ones(1, side, side, dtype=torch.bool) for side in (side_s, side_t)]
+    _, share = affine_voting(corr.view(1, side_s, side_s, side_t, side_t), *masks)
+    assert float(share) < 0.5
+
+
+def test_a_map_that_explains_everything_is_the_wide_volume_around_it(monkeypatch):
     near, wide = torch.rand(4, 3, 4, 4, 5) - 0.3, torch.rand(4, 3, 4, 4, 5) - 0.3
     where, share = torch.rand(4, 12, 2) * 4, torch.tensor([0.2, 0.5, 0.8, 1.0])
     masks = torch.rand(4, 3, 4) > 0.5, torch.rand(4, 4, 5) > 0.5
@@ -266,7 +227,7 @@ def test_a_match_score_is_the_mean_soft_maximum_of_foreground_over_foreground_bo
 
 def test_the_two_volumes_are_means_of_both_images_as_they_are_and_both_mirrored():
     """By loops, of features whose mirror image is another image, as a real backbone's nearly is."""
-    faces = [torch.randn(2, 3, 5, 6), torch.randn(2, 3, 5, 6), torch.randn(2, 4, 3, 6), torch.randn(2, 4, 3, 6)]
+    faces = [torch.randn(2, *grid, 6) for grid in ((3, 5), (3, 5), (4, 3), (4, 3))]
     s, s_turned, t, t_turned = map(image, faces)
     plain, mirrored = plain_and_mirrored(cosines, s._replace(mirror=s_turned), t._replace(mirror=t_turned))
     s, s_turned, t, t_turned = (x / x.norm(dim=-1, keepdim=True) for x in faces)
@@ -281,7 +242,7 @@ def test_the_two_volumes_are_means_of_both_images_as_they_are_and_both_mirrored(
 
 
 def couples() -> tuple[Features, Features, Tensor]:
-    """Four crops of canvases and, one column on, their targets: 0 and 3 face the other way, 1 and 2 do not."""
+    """Four crops of canvases and, one column on, their targets: 0 and 3 face the other way."""
     canvas, away = torch.randn(4, 7, 10, 32), torch.tensor([True, False, False, True])
     trg = canvas[:, :, 2:]
     trg = torch.where(away.view(4, 1, 1, 1), trg.flip(2), trg) + 0.1 * torch.randn(trg.shape)
@@ -307,11 +268,11 @@ def test_a_facing_score_compares_the_mirror_image_under_its_own_mask_less_the_ma
     mask_s, mask_t = torch.rand(3, 3, 5) > 0.4, torch.tensor([[True, False]] * 4).expand(3, 4, 2)
     for b, found in enumerate(facing_score(plain, mirrored, mask_s, mask_t).tolist()):
         turned = torch.tensor([[False, True]] * 4)
-        expected = soft_best(mirrored[b], mask_s[b], turned) - soft_best(plain[b], mask_s[b], mask_t[b]) - 0.02
-        assert found == pytest.approx(expected, abs=1e-4)
+        better = soft_best(mirrored[b], mask_s[b], turned) - soft_best(plain[b], mask_s[b], mask_t[b])
+        assert found == pytest.approx(better - FACING_MARGIN, abs=1e-4)
 
 
-def test_the_best_reading_peaks_in_the_targets_own_cells_whichever_way_it_faces():
+def test_facing_is_found_and_put_back_where_the_target_is_the_mirrored_source():
     src, trg, away = couples()
     found = best_reading(cosines, src, trg, smooth=True)
     assert found.shape == (4, 6, 9, 7, 8)
@@ -326,8 +287,7 @@ def test_the_best_reading_peaks_in_the_targets_own_cells_whichever_way_it_faces(
 def test_the_best_reading_mixes_both_views_by_the_probability_that_the_target_faces_away(monkeypatch, smooth):
     src, trg, _ = couples()
     asked, reads = [], [torch.rand(4, 6, 9, 7, 8), torch.rand(4, 6, 9, 7, 8)]
-    score = torch.tensor([-0.03, 0.0, 0.005, 0.04])
-    monkeypatch.setattr(ours, "affine_reading", lambda *args: reads[len(asked)].clone() * (asked.append(args) is None))
+    score = torch.tensor([-0.03, 0.0, 0.005, 0.04])  # the score is asked for before the readings
     monkeypatch.setattr(ours, "facing_score", lambda *args: asked.append(args) or score)
     monkeypatch.setattr(ours, "affine_reading", lambda *args: asked.append(args) or reads[len(asked) - 2])
     found = best_reading(cosines, src, trg, smooth)
@@ -339,12 +299,12 @@ def test_the_best_reading_mixes_both_views_by_the_probability_that_the_target_fa
     expected += ((near[1], wide[1], mask_s, mask_t.flip(2)),)
     assert all(torch.equal(a, b) for got, want in zip(asked, expected) for a, b in zip(got, want))
     for b, value in enumerate(score.tolist()):
-        away = 1 / (1 + math.exp(-value / 0.01))
+        away = 1 / (1 + math.exp(-value / FACING_SLOPE))
         mixed = (1 - away) * reads[0][b] + away * torch.stack([reads[1][b, ..., 7 - u] for u in range(8)], -1)
         torch.testing.assert_close(found[b], mixed)
 
 
-def test_a_clique_agrees_on_which_images_face_the_other_way():
+def test_planted_signs_are_found_under_noise():
     for count in (2, 3, 7, 12):
         for _ in range(20):
             way = torch.randint(2, (count,)) * 2 - 1
@@ -361,7 +321,8 @@ def test_features_of_both_faces_are_those_of_the_images_and_of_their_mirror_imag
     for saliency in (maps, None):
         found = both_faces(cascade, images, saliency)
         turned = torch.stack([images[..., 55 - x] for x in range(56)], -1)
-        for got, views, own in ((found, images, maps), (found.mirror, turned, maps[..., [6, 5, 4, 3, 2, 1, 0]])):
+        back = torch.tensor([6, 5, 4, 3, 2, 1, 0])
+        for got, views, own in ((found, images, maps), (found.mirror, turned, maps[..., back])):
             expected = cascade.features(views, None if saliency is None else own)
             for x, y in zip(got[:3], expected[:3]):
                 torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
@@ -380,8 +341,9 @@ def test_a_map_over_features_reaches_the_mirror_images_and_takes_others_beside_t
 # Where facing is used
 
 
-def test_pairs_with_the_mirror_image_are_put_back_into_the_target():
-    pairs = Pairs(torch.arange(12).view(3, 4), torch.randint(15, (3, 4)), torch.rand(3, 4), torch.rand(3, 4) > 0.5)
+def test_pairs_of_the_mirror_image_are_put_back():
+    trg, score = torch.randint(15, (3, 4)), torch.rand(3, 4)
+    pairs = Pairs(torch.arange(12).view(3, 4), trg, score, score > 0.5)
     away, width = torch.tensor([True, False, True]), 5
     found = put_back(pairs, away, width)
     for b in range(3):
@@ -417,12 +379,32 @@ def test_a_facing_cascade_teaches_the_target_as_it_is_the_pairs_of_its_mirror_im
         assert any((g != 0).any() for g in grads) == (only in (None, stage))
 
 
+def test_training_with_facing_gives_the_cascade_both_faces_of_every_view(tmp_path, monkeypatch):
+    seen = []
+
+    def spy(volume, src, trg):
+        seen.append((src, trg))
+        return face_the_source(volume, src, trg)
+
+    monkeypatch.setattr("train.face_the_source", spy)
+    cascade = train(*configured(tmp_path / "on", "--steps", "2", "--facing"))
+    assert len(seen) == 2 and all(p.isfinite().all() for p in cascade.parameters())
+    for view in seen[0] + seen[1]:
+        assert view.feat.shape == view.mirror.feat.shape == (3, 64, 128)
+        assert torch.equal(view.mirror.saliency, view.saliency.flip(2))
+        assert not torch.allclose(view.mirror.feat, view.feat, atol=0.1)
+    train(*configured(tmp_path / "off", "--steps", "1"))
+    assert len(seen) == 2
+
+
 def test_a_clique_maps_images_that_face_the_other_way_by_their_mirror_images():
-    """Five shifted crops of one canvas, two of them mirrored: every map and partner lands on the same cell."""
-    canvas, turned = torch.randn(6, 16, 24), [False, True, False, False, True]
-    views = torch.stack([canvas[:5, k : k + 8] for k in range(5)])
-    views = torch.stack([v.flip(1) if t else v for v, t in zip(views, turned)])
-    feats = two_faces(views + 0.1 * torch.randn(views.shape))
+    """Five crops of one canvas, two of them mirrored, whose cells are nothing alike to a backbone that sees
+    which way they face: every map and partner lands on the same cell."""
+    canvases, turned = torch.randn(2, 6, 16, 24), [False, True, False, False, True]  # right, left
+    right, left = (torch.stack([canvas[:5, k : k + 8] for k in range(5)]) for canvas in canvases)
+    right, left = (x + 0.1 * torch.randn(x.shape) for x in (right, left.flip(2)))
+    way = torch.tensor(turned)[:, None, None, None]
+    feats = image(torch.where(way, left, right))._replace(mirror=image(torch.where(way, right, left)))
     cfg = SimpleNamespace(saliency_threshold=0.5, hough=False)
     cascade = SimpleNamespace(cfg=cfg, volume=lambda s, t: neighbourhood_consensus(cosines(s, t), 3))
     maps, partners = clique_maps(cascade, feats, batch=3, matched=True)
@@ -454,7 +436,8 @@ def test_a_clique_is_built_with_the_mirror_images_and_their_mirrored_foreground(
     clique, empty = build_clique(cascade, item, {}, facing=True)
     assert clique.index == [4, 6, 9] and empty == [5]
     mirror, kept = clique.feats.mirror, [0, 2, 3]
-    torch.testing.assert_close(mirror.feat, cascade.features(item["views"][kept].flip(3)).feat, rtol=1e-4, atol=1e-4)
+    turned = cascade.features(item["views"][kept].flip(3))
+    torch.testing.assert_close(mirror.feat, turned.feat, rtol=1e-4, atol=1e-4)
     for k, n in enumerate(kept):
         for x, y in cells(6, 7):
             sign = 1.0 if item["cells"][n, y, x] >= cascade.cfg.saliency_threshold else -1.0
@@ -497,7 +480,8 @@ def test_several_roots_share_their_classes_and_have_a_folder_of_maps_each(tmp_pa
     assert {data.class_folders(both, str(maps_one)).map_path(i).parent.parent for i in range(8)} == {maps_one}
     assert data.class_folders(both).map_path(7) is None
     for root, maps in ((both, f"{maps_one}:{maps_two}:{maps_one}"), (str(one), f"{maps_one}:{maps_two}")):
-        with pytest.raises(ValueError, match="--saliency .*: one folder of maps for each of the [12] of") as caught:
+        line = "--saliency .*: one folder of maps for each of the [12] of --root$"
+        with pytest.raises(ValueError, match=line) as caught:
             data.class_folders(root, maps)
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=f"--root {tmp_path / 'gone'}: "):
