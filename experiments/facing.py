@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     misfit = torch.tensor([misfits(pair) for pair in keypoints.pairs])
     truth, clear = misfit[:, 1] < misfit[:, 0], (misfit[:, 0] - misfit[:, 1]).abs() > CLEAR
     away = {name: torch.zeros(len(keypoints), dtype=torch.bool) for name in ("never", "pair", "class")}
-    away["truth"], places = truth, {name: [None] * len(keypoints) for name in away}
+    away["truth"] = truth
+    places = {name: [None] * len(keypoints) for name in away}
     for category in sorted({pair.category for pair in keypoints.pairs}):
         members = [n for n, pair in enumerate(keypoints.pairs) if pair.category == category]
         images = sorted({i for n in members for i in keypoints.pairs[n][:2]})
