@@ -17,22 +17,16 @@ from modules import (
     Features,
     Pairs,
     hough_matching,
+    kernel_soft_argmax,
     matching_scores,
     multiple_instance_loss,
     pair_nms,
+    read_at,
     transfer_keypoints,
 )
 
 # A pair nearer than this to a better one, at either end, is dropped, so that no two share a cell; not given
 NMS_RADIUS = 1.0
-REFINE = 1.0  # cells; how far a region moves a match of the image stage; not given
-
-
-def around(centre: Tensor, side: int) -> Tensor:
-    """A Gaussian of REFINE cells around (x, y) in a window, (B, 2) to (B, side, side)."""
-    step = torch.arange(side, device=centre.device)
-    x, y = (torch.exp(-0.5 * ((step - c[:, None]) / REFINE) ** 2) for c in centre.unbind(-1))
-    return y[:, :, None] * x[:, None]
 
 
 class RegionStage(nn.Module):
@@ -82,8 +76,8 @@ class RegionStage(nn.Module):
     @torch.no_grad()
     def transfer(self, image: ImageStage, src: Features, trg: Features, points: Tensor) -> Tensor:
         """Source to target without a pixel stage (Table 5, V): the image stage's match of points (B, n, 2),
-        (x, y) in source cells, after Hough matching, refined inside the region pair around it. Returns
-        (B, n, 2) in target cells."""
+        (x, y) in source cells, refined in the region pair around it, by the product of both stages' scores
+        there, each after its Hough matching. Returns (B, n, 2) in target cells."""
         corr = hough_matching(image(src, trg), side=self.cfg.hough_side)
         coarse = transfer_keypoints(corr, points)
         ends = []
@@ -92,11 +86,15 @@ class RegionStage(nn.Module):
             ends.append(y * w + x)
         all_valid = torch.ones_like(ends[0], dtype=torch.bool)
         regions = image.regions(Pairs(*ends, torch.zeros_like(coarse[..., 0]), all_valid), src, trg)
-        inside, centre = ((xy - origin).flatten(0, 1)[:, None] for xy, origin in (
-            (points, regions.origin_s), (coarse, regions.origin_t)))  # (B*n, 1, 2)
-        near = around(centre[:, 0], REGION)  # (B*n, r, r)
-        moved = transfer_keypoints(self(regions.src, regions.trg).clamp(min=0) * near[:, None, None], inside)
-        return moved.view_as(points) + regions.origin_t
+        inside = (points - regions.origin_s).flatten(0, 1)[:, None]  # (B*n, 1, 2)
+        fine = hough_matching(self(regions.src, regions.trg), side=self.cfg.hough_side)
+        fine = read_at(fine.flatten(3).permute(0, 3, 1, 2), inside).view(-1, REGION * REGION)
+        rows = read_at(corr.flatten(3).permute(0, 3, 1, 2), points)  # (B, n, Ht*Wt), of the image stage
+        step = torch.arange(REGION, device=rows.device)
+        x, y = (regions.origin_t[..., k, None, None] for k in (0, 1))
+        window = ((y + step[:, None]) * trg.grid[1] + x + step).flatten(2)  # (B, n, r*r)
+        both = rows.gather(2, window).flatten(0, 1) * fine
+        return kernel_soft_argmax(both.view(-1, REGION, REGION)).view_as(points) + regions.origin_t
 
 
 if __name__ == "__main__":

@@ -11,8 +11,13 @@ from support.shapes import shapes_pairs
 from train import Cascade, Config, save
 
 
-def test_facing_read_off_keypoints_is_that_of_the_drawn_polygons():
-    keypoints = shapes_pairs("val")
+@pytest.fixture(scope="module")
+def keypoints() -> data.KeypointSet:
+    """The 80 validation couples of shapes, drawn once."""
+    return shapes_pairs("val")
+
+
+def test_facing_read_off_keypoints_is_that_of_the_drawn_polygons(keypoints):
     seen = set()
     for pair in keypoints.pairs:
         plain, mirrored = facing.misfits(pair)
@@ -37,8 +42,7 @@ def test_a_similarity_explains_points_that_it_moved_and_its_mirror_those_that_we
     assert mirrored < 1e-9 < 0.05 < plain
 
 
-def test_a_selected_pair_is_judged_where_it_starts_in_a_keypoints_cell():
-    keypoints = shapes_pairs("val")
+def test_a_selected_pair_is_judged_where_it_starts_in_a_keypoints_cell(keypoints):
     pair, grid = keypoints.pairs[0], (16, 16)
     ends = [data.pixels_to_cells(kps, keypoints.size(i), grid).round().long()
             for kps, i in ((pair.src_kps, pair.src), (pair.trg_kps, pair.trg))]
@@ -54,11 +58,10 @@ def test_a_selected_pair_is_judged_where_it_starts_in_a_keypoints_cell():
     assert right[:2, 0].tolist() == [True, False]
 
 
-@pytest.mark.parametrize("facing_on", [False, True])
-def test_both_print_their_tables(tmp_path, capsys, monkeypatch, facing_on):
-    monkeypatch.setattr("support.benchmarks.DATASETS", {"shapes": small_set})
-    monkeypatch.setattr("evaluate.DATASETS", {"shapes": small_set})
-    cascade = Cascade(Config(backbone="random_vit8", size=64, ffn_ratio=0.25, candidates=6, facing=facing_on))
+def test_both_print_their_tables(keypoints, tmp_path, capsys, monkeypatch):
+    eight = data.KeypointSet("shapes", keypoints.images, keypoints.pairs[:4] + keypoints.pairs[8:12])
+    monkeypatch.setattr("evaluate.DATASETS", {"shapes": lambda root, split: eight})
+    cascade = Cascade(Config(backbone="random_vit8", size=64, ffn_ratio=0.25, candidates=6, facing=True))
     optimizer = torch.optim.SGD([p for p in cascade.parameters() if p.requires_grad], 0.1)
     save(tmp_path / "last.pt", cascade, optimizer, 1)
     line = ["--dataset", "shapes", "--checkpoint", str(tmp_path / "last.pt"), "--device", "cpu"]
@@ -72,13 +75,6 @@ def test_both_print_their_tables(tmp_path, capsys, monkeypatch, facing_on):
     counts = [float(row.split()[-1]) for row in rows]
     assert counts[1] == counts[3] and counts[1] <= 6 and 0 < counts[0] <= 16  # nothing was trained
     assert [row.split()[-5:] for row in rows[1:3]] == [row.split()[-5:] for row in rows[3:]]
-
-
-def small_set(root: str | None, split: str) -> data.KeypointSet:
-    """Eight pairs of two categories."""
-    keypoints = shapes_pairs("val")
-    keypoints.pairs = keypoints.pairs[:4] + keypoints.pairs[8:12]
-    return keypoints
 
 
 def test_selection_wants_a_checkpoint():
