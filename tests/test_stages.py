@@ -14,6 +14,7 @@ from modules import (
     adaptive_pooling,
     cosine_volume,
     greedy_selection,
+    kernel_soft_argmax,
     negatives,
     transfer_keypoints,
 )
@@ -354,9 +355,9 @@ def test_region_transfer_refines_inside_the_regions_around_the_image_match():
     torch.testing.assert_close(one[0, 0], fine[1, 2], rtol=1e-3, atol=1e-3)
 
 
-def test_region_transfer_is_the_match_in_the_window_volume_around_the_coarse_one():
-    """By hand: coarse match after Hough matching, the two whole windows round both ends, their volume under a
-    Gaussian of one cell around the coarse match, and the window's origin added."""
+def test_region_transfer_reads_the_product_of_both_stages_scores_in_the_window():
+    """By hand: coarse match after Hough matching, the two whole windows round both ends, their volume after
+    Hough matching times the image stage's in the target's window, and the window's origin added."""
     cascade = small_cascade()
     src, trg, _ = one_batch(cascade)
     points = torch.tensor([[[2.3, 3.4], [5.9, 0.2]]]).expand(3, -1, -1)
@@ -370,12 +371,23 @@ def test_region_transfer_is_the_match_in_the_window_volume_around_the_coarse_one
             block = image.feat[b].view(6, 7, -1)[y0 : y0 + 5, x0 : x0 + 5].flatten(0, 1)[None]
             ends.append((Features(block, block.mean(1), torch.ones(1, 5, 5)), torch.tensor([x0, y0])))
         (window_s, origin_s), (window_t, origin_t) = ends
-        corr = cascade.region(window_s, window_t).detach().clamp(min=0)
+        fine = hough_table(cascade.region(window_s, window_t).detach()[0])
+        fine = read_by_hand(fine, points[b, n] - origin_s)
+        row = read_by_hand(votes[b], points[b, n])
+        product = torch.zeros(5, 5)
         for y, x in itertools.product(range(5), range(5)):
-            off = coarse[b, n] - origin_t - torch.tensor([x, y])
-            corr[0, :, :, y, x] *= math.exp(-0.5 * float(off.square().sum()))
-        moved = transfer_keypoints(corr, (points[b, n] - origin_s)[None, None])
-        torch.testing.assert_close(found[b, n], moved[0, 0] + origin_t, rtol=1e-4, atol=1e-4)
+            product[y, x] = fine[y, x] * row[int(origin_t[1]) + y, int(origin_t[0]) + x]
+        torch.testing.assert_close(found[b, n], kernel_soft_argmax(product) + origin_t, rtol=1e-3, atol=1e-3)
+
+
+def read_by_hand(corr: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
+    """A volume (Hs, Ws, Ht, Wt) between its source cells at (x, y), the border repeated: (Ht, Wt)."""
+    h, w = corr.shape[:2]
+    x, y = min(max(float(point[0]), 0), w - 1), min(max(float(point[1]), 0), h - 1)
+    found = torch.zeros(corr.shape[2:])
+    for j, i in itertools.product(range(h), range(w)):
+        found += max(0.0, 1 - abs(x - i)) * max(0.0, 1 - abs(y - j)) * corr[j, i]
+    return found
 
 
 def test_neighbourhood_consensus_is_the_pixel_stages_alone():
