@@ -377,7 +377,7 @@ def test_without_checkpoint_the_frozen_backbone_is_scored_by_its_best_reading(ru
     told = "frozen random_vit8", "last block", "128 px", "best", "128 principal axes", "--checkpoint FILE"
     assert all(words in line for words in told)
     assert list(scores) == ["best"] and "\nbest on shapes test: " in said
-    cascade = Cascade(Config(**PRESETS["quick"] | {"saliency": "attention"})).eval()
+    cascade = Cascade(Config(**PRESETS["quick"])).eval()
     found = predict(cascade, shapes_pairs("test"), ["best", "nn"], quiet=True)
     expected = {m: score(places, shapes_pairs("test"))["bbox"]["per_image"] for m, places in found.items()}
     assert scores["best"]["bbox"]["per_image"] == pytest.approx(expected["best"], abs=1e-3) != expected["nn"]
