@@ -70,9 +70,10 @@ def features_of(matcher, keypoints: data.KeypointSet, images: list[int], batch: 
         for index in some:
             image, saliency = keypoints.load(index)
             keypoints.sizes[index] = image.size
+            saliency = saliency if maps else None
             view, cell = data.prepare(image, saliency, matcher.cfg.size, matcher.backbone.patch)
             views.append(view)
-            cells += [cell] if maps and cell is not None else []
+            cells += [] if cell is None else [cell]
         features = both_faces if mirror else type(matcher).features
         several = features(matcher, torch.stack(views), *([torch.stack(cells)] if cells else []))
         found |= {index: several.map(lambda x, k=k: x[k : k + 1]) for k, index in enumerate(some)}

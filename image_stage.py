@@ -28,6 +28,13 @@ class Regions(NamedTuple):
     valid: Tensor  # (B, K) bool: False for regions that only fill up the batch
 
 
+def region_cells(origin: Tensor, width: int, size: int = REGION) -> Tensor:
+    """Flat indices (B, K, size*size) of the cells of regions that begin at (x, y), in a grid of `width`."""
+    step = torch.arange(size, device=origin.device)
+    x, y = origin[..., 0, None, None], origin[..., 1, None, None]
+    return ((y + step[:, None]) * width + x + step).flatten(2)
+
+
 def crop_regions(image: Features, centre: Tensor, size: int = REGION) -> tuple[Features, Tensor]:
     """size x size cells around each `centre`, shifted inward at the border so that every region is whole.
 
@@ -37,13 +44,12 @@ def crop_regions(image: Features, centre: Tensor, size: int = REGION) -> tuple[F
     h, w = image.grid
     x0 = (centre % w - size // 2).clamp(0, w - size)
     y0 = (centre // w - size // 2).clamp(0, h - size)
-    step = torch.arange(size, device=centre.device)
-    cells = (y0[..., None, None] + step[:, None]) * w + x0[..., None, None] + step  # (B, K, r, r)
-    index = cells.flatten(1)  # (B, K*r*r)
+    origin = torch.stack([x0, y0], -1)
+    index = region_cells(origin, w, size).flatten(1)  # (B, K*r*r)
     feat = image.feat.gather(1, index[..., None].expand(-1, -1, image.feat.shape[-1]))
     feat = feat.unflatten(1, (-1, size * size)).flatten(0, 1)  # (B*K, r*r, C)
     saliency = image.saliency.flatten(1).gather(1, index).view(-1, size, size)
-    return Features(feat, feat.mean(1), saliency), torch.stack([x0, y0], -1)
+    return Features(feat, feat.mean(1), saliency), origin
 
 
 def closes_loop(corr: Tensor, pairs: Pairs, radius: float) -> Tensor:

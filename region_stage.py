@@ -11,7 +11,7 @@ back to the image and thinned by non-maximum suppression, 16 of them (cfg.pairs)
 import torch
 from torch import Tensor, nn
 
-from image_stage import REGION, ImageStage, Regions
+from image_stage import REGION, ImageStage, Regions, region_cells
 from modules import (
     MVAM,
     Features,
@@ -90,10 +90,7 @@ class RegionStage(nn.Module):
         fine = hough_matching(self(regions.src, regions.trg), side=self.cfg.hough_side)
         fine = read_at(fine.flatten(3).permute(0, 3, 1, 2), inside).view(-1, REGION * REGION)
         rows = read_at(corr.flatten(3).permute(0, 3, 1, 2), points)  # (B, n, Ht*Wt), of the image stage
-        step = torch.arange(REGION, device=rows.device)
-        x, y = (regions.origin_t[..., k, None, None] for k in (0, 1))
-        window = ((y + step[:, None]) * trg.grid[1] + x + step).flatten(2)  # (B, n, r*r)
-        both = rows.gather(2, window).flatten(0, 1) * fine
+        both = rows.gather(2, region_cells(regions.origin_t, trg.grid[1])).flatten(0, 1) * fine
         return kernel_soft_argmax(both.view(-1, REGION, REGION)).view_as(points) + regions.origin_t
 
 

@@ -34,9 +34,9 @@ def misfits(pair: data.KeypointPair) -> tuple[float, float]:
     the variance of the target's."""
     left = []
     for sign in (1, -1):
-        s, t = (torch.complex(sign * k[:, 0], k[:, 1]) - torch.complex(sign * k[:, 0], k[:, 1]).mean()
-                for k in (pair.src_kps.double(), pair.trg_kps.double()))
-        t = t if sign == 1 else -t.conj()  # the target as it is
+        s, t = (torch.complex(flip * kps[:, 0].double(), kps[:, 1].double())
+                for flip, kps in ((sign, pair.src_kps), (1, pair.trg_kps)))
+        s, t = s - s.mean(), t - t.mean()
         z = (s.conj() * t).sum() / (s.abs() ** 2).sum().clamp(min=1e-9)
         left.append(float((t - z * s).abs().square().sum() / t.abs().square().sum().clamp(min=1e-9)))
     return left[0], left[1]
