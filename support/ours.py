@@ -60,7 +60,7 @@ def neighbourhood_consensus(corr: Tensor, side: int) -> Tensor:
 # Our reading of a volume: which way the target faces, and one affine map a couple
 
 FACING_TEMPERATURE = 0.05  # of the soft maximum in match_score
-FACING_MARGIN, FACING_SLOPE = 0.03, 0.02  # of match scores: symmetric objects have no facing to be found
+FACING_MARGIN, FACING_SLOPE = 0.03, 0.01  # of match scores: symmetric objects have no facing to be found
 FOREGROUND = 0.5  # of a saliency map, or of the class token's attention: cells that vote
 AFFINE_INLIER = 2.5  # cells
 AFFINE_SPREAD = 4.0  # cells; standard deviation of the Gaussian around where the map sends a cell
