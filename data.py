@@ -63,8 +63,9 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         raise ValueError(f"cannot read image {path}: {error}") from None
 
 
-def open_image(path: str | Path, upright: bool = False) -> Image.Image:
-    """Read an RGB image; ValueError, naming the file, if it is missing or corrupt.
+def open_image(path: str | Path, upright: bool = False, ground: str = "white") -> Image.Image:
+    """Read an RGB image, what is transparent on a ground; ValueError, naming the file, if it is missing or
+    corrupt.
 
     upright: turn it as its camera's orientation tag says. One rule everywhere: photographs (class folders,
     lists and pictures of one's own) are upright, as viewers and annotation tools show them; benchmark sets
@@ -77,6 +78,8 @@ def open_image(path: str | Path, upright: bool = False) -> Image.Image:
             array = np.asarray(image, np.float32)
             scale = 255 / max(255, 65535 * (array.max() > 255))
             image = Image.fromarray((array * scale).astype(np.uint8))
+        if image.has_transparency_data:  # the colours of clear pixels are not meant to be seen
+            image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image.convert("RGBA"))
         return image.convert("RGB")
 
 
@@ -93,7 +96,7 @@ def open_saliency(path: str | Path, rescale: bool = True, upright: bool = False)
     Detectors rarely reach 0 and 1, and a threshold means the same for every image only after rescaling;
     without it the map's own values are kept. upright: see open_image.
     """
-    gray = np.asarray(open_image(path, upright).convert("L"), np.float32)
+    gray = np.asarray(open_image(path, upright, "black").convert("L"), np.float32)
     low, high = (gray.min(), gray.max()) if rescale else (0, 255)
     if high == low:  # nothing stands out: everything is foreground
         return Image.fromarray(np.ones_like(gray))

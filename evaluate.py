@@ -18,24 +18,25 @@ import json
 import shlex
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 import data
 from modules import Features
 from support.benchmarks import DATASETS, csv_pairs
+from support.confidence import report, transfer_with_evidence
 from support.dense import Dense
 from support.download import download
 from support.files import read_state, write_whole
 from support.ours import both_faces
 from support.pictures import draw_results
 from support.presets import PRESETS
-from support.run import command, find_device, processes
+from support.run import command, find_device, processes, progress
 from train import BEST, FROZEN, STAGES, Cascade, Config, best_of, load_cascade
 
 ALPHAS = (0.05, 0.10, 0.15)
@@ -82,12 +83,13 @@ def features_of(matcher, keypoints: data.KeypointSet, images: list[int], batch: 
 
 @torch.no_grad()
 def predict(matcher, keypoints: data.KeypointSet, methods: list[str], batch: int = 8, quiet: bool = False,
-            numbers: list[int] | None = None, held: int = 1000) -> dict[str, list[Tensor]]:
+            numbers: list[int] | None = None, held: int = 1000,
+            sure: bool = False) -> dict[str, list[Tensor]]:
     """Find the source's points in the target, by every method: {method: [(n, 2) target pixels, ...]}.
 
     matcher: features(images (B, 3, S, S)) -> Features, transfer(src, trg, points in cells (B, n, 2), method)
     -> cells of trg, cfg.size and backbone.patch. batch: images, and pairs, at a time. numbers: the pairs to
-    do, all of them if None; results are in their order.
+    do, all of them if None; results are in their order. sure: (n, 6), with what confidence is found from.
 
     Pairs are worked through by category, and the backbone runs once an image of it. Memory holds the features
     of one category, but of no more than `held` images (3 GiB at 512 px with ViT-B/16): larger ones are cut
@@ -96,7 +98,8 @@ def predict(matcher, keypoints: data.KeypointSet, methods: list[str], batch: int
     numbers = list(range(len(keypoints))) if numbers is None else numbers
     found: dict[str, dict[int, Tensor]] = {method: {} for method in methods}
     mirror = any(method.startswith("best") for method in methods)
-    with tqdm(total=len(numbers), desc="pairs", disable=quiet, leave=False) as bar:
+    transfer = partial(transfer_with_evidence, matcher) if sure else matcher.transfer
+    with progress(total=len(numbers), desc="pairs", disable=quiet, leave=False) as bar:
         for members in blocks_of_pairs(keypoints, numbers, held):
             images = sorted({i for n in members for i in keypoints.pairs[n][:2]})
             features = features_of(matcher, keypoints, images, batch, mirror)
@@ -108,21 +111,23 @@ def predict(matcher, keypoints: data.KeypointSet, methods: list[str], batch: int
                 cells = [data.pixels_to_cells(p.src_kps, keypoints.size(p.src), src.grid) for p in pairs]
                 points = pad_sequence(cells, batch_first=True).to(src.feat.device)  # (B, n, 2)
                 for method in methods:
-                    moved = matcher.transfer(src, trg, points, method).cpu()
-                    for n, p, places in zip(some, pairs, moved):
-                        places = places[: len(p.src_kps)]
-                        found[method][n] = data.cells_to_pixels(places, keypoints.size(p.trg), trg.grid)
+                    moved = transfer(src, trg, points, method).cpu()
+                    for n, p, row in zip(some, pairs, moved):
+                        places, more = row[: len(p.src_kps)].tensor_split((2,), 1)
+                        places = data.cells_to_pixels(places, keypoints.size(p.trg), trg.grid)
+                        found[method][n] = torch.cat([places, more], 1)
                 bar.update(len(some))
             features.clear()  # before those of the next block are made
     return {method: [places[n] for n in numbers] for method, places in found.items()}
 
 
-def predict_shared(matcher, keypoints: data.KeypointSet, methods: list[str]) -> dict[str, list[Tensor]]:
+def predict_shared(matcher, keypoints: data.KeypointSet, methods: list[str],
+                   sure: bool = False) -> dict[str, list[Tensor]]:
     """`predict`, its pairs shared out over torchrun's processes, each once; every process gets all."""
     start, (rank, world) = time.perf_counter(), processes()
     order = sorted(range(len(keypoints)), key=lambda n: keypoints.pairs[n].category)  # few share a category
     mine = order[len(order) * rank // world : len(order) * (rank + 1) // world]
-    found = predict(matcher, keypoints, methods, quiet=rank > 0 or not sys.stderr.isatty(), numbers=mine)
+    found = predict(matcher, keypoints, methods, quiet=rank > 0, numbers=mine, sure=sure)
     parts = [(mine, found, keypoints.sizes)]
     if world > 1:
         if not dist.is_initialized():
@@ -299,17 +304,21 @@ def load_methods(args: argparse.Namespace) -> tuple[Cascade | Dense, list[str]]:
     return Dense(cascade) if args.dense else cascade, list(dict.fromkeys(methods))
 
 
-def write_report(args: argparse.Namespace, matcher, keypoints: data.KeypointSet, scores: dict) -> None:
-    """All scores as JSON. scores: {protocol: {method: table of `score`}}."""
-    report = {"dataset": keypoints.name, "pairs": len(keypoints), "alphas": args.alphas, "dense": args.dense}
-    report |= {key: getattr(matcher.cfg, key, None) for key in ("backbone", "layer", "levels", "size")}
-    write_whole(args.json, json.dumps(report | {"checkpoint": args.checkpoint, "scores": scores}, indent=1))
+def write_report(args: argparse.Namespace, matcher, keypoints: data.KeypointSet, scores: dict,
+                 **more) -> None:
+    """All scores as JSON. scores: {protocol: {method: table of `score`}}; more: further entries."""
+    record = {"dataset": keypoints.name, "pairs": len(keypoints), "alphas": args.alphas, "dense": args.dense}
+    record |= {key: getattr(matcher.cfg, key, None) for key in ("backbone", "layer", "levels", "size")}
+    record |= {"checkpoint": args.checkpoint, "scores": scores} | more
+    write_whole(args.json, json.dumps(record, indent=1))
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = shared_options(__doc__)
     add = parser.add_argument
     add("--visualize", type=int, default=0, metavar="N", help="draw N worst, middle and best pairs a class")
+    add("--confidence", action="store_true", help="how sure matches of our reading are, against how many are"
+        " right: a table, and with --visualize a curve")
     add("--out", default="matches", help="folder for --visualize: a sheet a class and the PCK curve")
     args = read_options(parser, argv)
     if args.visualize < 0:
@@ -319,27 +328,36 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{args.checkpoint} holds CATs, which is scored with its peers: {line}")
     keypoints = load_pairs(args)
     matcher, methods = load_methods(args)
+    if args.confidence and not (methods := [m for m in methods if m.startswith("best")]):
+        raise ValueError("--confidence is of our reading: name best, best-image or best-pixel")
     folder = Path(args.out)
     if args.visualize:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--out {folder}: cannot make this folder: {error.strerror}") from None
-    found = predict_shared(matcher, keypoints, methods)
+    found = predict_shared(matcher, keypoints, methods, args.confidence)
     if dist.is_initialized():
         dist.destroy_process_group()
     if processes()[0]:
         return
+    known = {m: torch.cat(rows)[:, 2:] for m, rows in found.items()}  # without --confidence nothing
+    found = {m: [row[:, :2] for row in rows] for m, rows in found.items()}
     scores = {m: score(pred, keypoints, args.alphas, args.rule) for m, pred in found.items()}
     for method, table in scores.items():
         print_scores(table, method, keypoints, args.alphas, matcher.cfg.size)
+    right, more = right_at_ten(found, keypoints), {}
+    if args.confidence:
+        judged = {m: torch.cat(right[m]) for m in methods}
+        place = folder if args.visualize else None
+        more["confidence"] = report(known, judged, args.dense, keypoints.name, place)
     if args.visualize:
         steps, rule = tuple(k / 100 for k in range(1, 11)), args.rule or keypoints.rule
         curves = {m: score(pred, keypoints, steps, rule)[rule]["per_image"] for m, pred in found.items()}
-        draw_results(folder, found, right_at_ten(found, keypoints), keypoints, args.visualize, curves, steps)
-        print(f"worst, middle and best pairs of every class, and the PCK curve, drawn in {folder}")
+        draw_results(folder, found, right, keypoints, args.visualize, curves, steps)
+        print(f"worst, middle and best pairs of every class, and curves, drawn in {folder}")
     if args.json:
-        write_report(args, matcher, keypoints, {"target": scores})
+        write_report(args, matcher, keypoints, {"target": scores}, **more)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Stage 3, pixel-level matching: the pseudo-label generator (paper, section 3.2), and the matcher.
+"""Stage 3, pixel-level matching: the pseudo-label generator (paper, section 3.2); and matching two pictures.
 
 Whole images -> a third MVAM -> volume, trained by binary cross-entropy (after MMNet) on the 16 pairs of the
-region stage, in both directions. At inference it transfers keypoints and generates pairs.
+region stage, in both directions. At inference it transfers keypoints and makes labels.
 
-    python pixel_stage.py                                                    # trains this stage alone
-    python pixel_stage.py a.jpg b.jpg --checkpoint F --out m.png             # matches two pictures, draws it
-    python pixel_stage.py a.jpg b.jpg --checkpoint F --points 40,52 118.5,60 # where points of a.jpg go, in px
+    python pixel_stage.py                                         # trains this stage alone
+    python pixel_stage.py a.jpg b.jpg                             # matches two pictures, nothing trained
+    python pixel_stage.py a.jpg b.jpg --checkpoint F --points 40,52 118.5,60    # by the trained stage
+    python pixel_stage.py --pairs pairs.csv                       # many pairs, a JSON line each
 
-The pictures come first; `python pixel_stage.py a.jpg b.jpg --help` explains the options of matching, `--help`
-alone those of training.
+`python pixel_stage.py a.jpg b.jpg --help` explains the options of matching, `--help` alone those of training.
 """
 
 import sys
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules import MVAM, Features, Pairs, cells_to_xy, gaussian_smooth, pair_nms, select_pairs
+from modules import MVAM, Features, Pairs, cells_to_xy, gaussian_smooth
 
 
 def soft_target(points: Tensor, height: int, width: int) -> Tensor:
@@ -68,19 +68,15 @@ class PixelStage(nn.Module):
             total = total + (bce.sum(-1) * pairs.valid).sum()
         return total / (2 * pairs.valid.sum()).clamp(min=1)
 
-    @torch.no_grad()
-    def select(self, corr: Tensor, src: Features, trg: Features, count: int, radius: float) -> Pairs:
-        """The pairs that are drawn of two pictures: Hough matching, Algorithm 1, NMS, the best `count`. A
-        label set has a selection of its own, label.py:pair_matches."""
-        return pair_nms(select_pairs(corr, src, trg, self.cfg), src.grid[1], trg.grid[1], radius, count)
-
 
 if __name__ == "__main__":
-    if sys.argv[1:] and not sys.argv[1].startswith("-"):
-        from support.match import main as match
-        from train import load_cascade
+    from support.match import main as match
+    from support.match import wants_pictures
 
-        match(sys.argv[1:], load_cascade)
+    if wants_pictures(sys.argv[1:]):
+        from evaluate import load_methods
+
+        match(sys.argv[1:], load_methods)
     else:
         from train import main
 

@@ -38,7 +38,7 @@ from support.benchmarks import keypoint_set, training_set
 from support.conditioning import Conditioning, pair_axes, training_cells
 from support.files import check_record, load_optimizer, read_checkpoint, write_whole
 from support.options import ABOVE_0, AT_LEAST_1, SEEDS, SHARE, add_options, check_ranges
-from support.ours import best_reading, both_faces, face_the_source, neighbourhood_consensus
+from support.ours import Reading, best_reading, both_faces, face_the_source, neighbourhood_consensus
 from support.pictures import match_sheet
 from support.presets import PRESETS
 
@@ -215,19 +215,20 @@ class Cascade(nn.Module):
                 raise ValueError("the region stage has no volume of whole images")
             return getattr(self, method)(src, trg)
         if method.startswith("best"):
-            return self.best(src, trg, method, self.volume)
+            return self.best(src, trg, method).volume
         corr = cosine_volume(src.feat, trg.feat, src.grid, trg.grid)
         if method == "hough":
             return hough_matching(corr, side=self.cfg.hough_side)
         return neighbourhood_consensus(corr, self.cfg.consensus or 5) if method == "consensus" else corr
 
-    def best(self, src: Features, trg: Features, method: str, volume: Callable) -> Tensor:
-        """Our reading "best" of the frozen features or "best-<stage>", of volume(src, trg, stage or "nn")."""
+    def best(self, src: Features, trg: Features, method: str, volume: Callable | None = None) -> Reading:
+        """Our reading "best" of the frozen features or "best-<stage>", of volume(src, trg, stage or "nn");
+        None: `self.volume`."""
         stage = method.removeprefix("best").removeprefix("-") or "nn"
         if stage == "nn" and self.conditioning is None:
             src, trg = pair_axes(src, trg)
         smooth = stage != "pixel" or not self.cfg.consensus
-        return best_reading(lambda s, t: volume(s, t, stage), src, trg, smooth)
+        return best_reading(lambda s, t: (volume or self.volume)(s, t, stage), src, trg, smooth)
 
     @torch.no_grad()
     def transfer(self, src: Features, trg: Features, points: Tensor, method: str | None = None,

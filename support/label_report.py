@@ -12,7 +12,7 @@ from PIL import Image
 
 import data
 from support.files import write_whole
-from support.pictures import draw_histograms, draw_pair, picture_page
+from support.pictures import draw_histograms, draw_pair, error_legend, picture_page
 from support.shapes import Shapes, corresponding_points
 from support.shards import Members, Records
 
@@ -138,11 +138,12 @@ def draw_pages(out: Path, images: data.ImageSet, pairs: Records, dropped: Record
         path.unlink(missing_ok=True)
         if some:
             chosen = (records.read(shard)["pairs"][place] for _, shard, place in some)
-            write_whole(path, picture_page([draw_pair(images, pair) for pair in chosen]))
+            views = [draw_pair(images, pair) for pair in chosen]
+            write_whole(path, picture_page([error_legend(), picture_page(views)], 0))
 
 
 def draw_errors(images: data.ImageSet, errors: dict[int, float], kept: Members) -> Image.Image:
-    """Histograms of the images' errors by class, those of kept images green."""
+    """Histograms of the images' errors by class, those of kept images blue."""
     every: dict[str, list[float]] = {}
     for i, error in errors.items():
         every.setdefault(images.classes[images.labels[i]], []).append(error)

@@ -1,90 +1,348 @@
-"""Match two pictures of one's own: `python pixel_stage.py SOURCE TARGET --checkpoint FILE`."""
+"""Match pictures of one's own: `python pixel_stage.py SOURCE TARGET`, or `--pairs FILE` for many.
+
+Every foreground cell of the source is sent to the target by our reading, of the frozen backbone or, with
+--checkpoint, of the trained pixel stage; those that land on the foreground of the target are matches, and
+the surest that do not crowd each other are drawn.
+"""
 
 import argparse
+import csv
+import io
+import json
+import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 import data
-from modules import Features, cells_to_xy, transfer_keypoints
+from modules import Features, Pairs, gaussian_smooth, pair_nms, transfer_keypoints
+from support.confidence import confidence, evidence
+from support.dense import Dense
 from support.files import write_whole
-from support.pictures import draw_matches
-from support.run import command, find_device
+from support.ours import FOREGROUND, Reading, both_faces, cell_grid
+from support.pictures import draw_matches, draw_warp
+from support.run import command, progress
+
+HELD = 200  # pictures whose features are kept at a time by --pairs: 1.3 GB at 224 px with ViT-S/14
+SPACING = 1 / 16  # of the longer side of the source's grid: how near two drawn matches may be
+SMALLEST = 16  # px a side
+
+
+def wants_pictures(argv: list[str]) -> bool:
+    """Whether a command line of pixel_stage.py is about matching pictures, and not about training: one stands
+    first or anywhere among the options, or --pairs names a file, not a number."""
+    after = dict(zip(argv, [*argv[1:], ""])) | dict(a.split("=", 1) for a in argv if a.startswith("--pairs="))
+    pictures = any(Path(a).suffix.lower() in {*data.EXTENSIONS, *data.UNREAD} for a in argv)
+    first = bool(argv) and not argv[0].startswith("-")
+    return pictures or first or not after.get("--pairs", "0").isdigit()
 
 
 def parse_points(texts: list[str], size: tuple[int, int]) -> Tensor:
-    """["40,52", ...] to (n, 2) pixels; ValueError names a malformed point or one outside the (W, H) image."""
-    points = []
+    """["40,52", ...], or the name of a file with a point a line, to (n, 2) pixels; ValueError names a
+    malformed point or one outside the (W, H) image."""
+    points, where = [], "--points"
+    if len(texts) == 1 and "," not in texts[0]:
+        where = texts[0]
+        try:
+            lines = Path(where).read_text().replace(",", " ").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--points {where}: neither x,y nor a file that can be read ({error})") from None
+        texts = [",".join(line.split()) for line in lines if line.strip() and line.split() != ["x", "y"]]
     for text in texts:
         try:
             x, y = (float(part) for part in text.split(","))
         except ValueError:
-            raise ValueError(f"--points {text!r}: write a point as x,y in pixels, such as 40,52.5") from None
+            raise ValueError(f"{where} {text!r}: write a point as x,y in pixels, such as 40,52.5") from None
         if not (-0.5 <= x <= size[0] - 0.5 and -0.5 <= y <= size[1] - 0.5):
-            raise ValueError(f"--points {text}: outside the source image of {size[0]}x{size[1]} px")
+            raise ValueError(f"{where} {text}: outside the source image of {size[0]}x{size[1]} px")
         points.append((x, y))
+    if not points:
+        raise ValueError(f"{where}: no points in it")
     return torch.tensor(points)
 
 
 def read_options(argv: list[str]) -> argparse.Namespace:
     """The command line; ValueError, in one line, for what cannot be."""
-    what = "Match two pictures of one's own: draw the generator's pairs, or transfer and print given points."
-    parser = argparse.ArgumentParser(prog="pixel_stage.py", description=what)
+    parser = argparse.ArgumentParser(prog="pixel_stage.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("source")
-    add("target")
-    add("--checkpoint", required=True, help="checkpoint written by train.py")
-    add("--weights", help="backbone weights file, where the checkpoint's own path is gone")
-    add("--points", nargs="+", metavar="x,y", help="source points in pixels, to transfer to the target")
-    add("--count", type=int, default=32, help="pairs to draw (default 32)")
-    add("--saliency", nargs=2, metavar="MAP", help="8-bit saliency maps of the two pictures")
-    add("--out", default="matches.png", help="picture to write (default matches.png)")
+    add("pictures", nargs="*", metavar="SOURCE TARGET", help="the two pictures, anywhere among the options")
+    add("--pairs", metavar="FILE", help="CSV of many pairs instead: source,target, relative to FILE; a JSON"
+        " line a pair goes to --json, and a second run goes on where the first was stopped")
+    add("--checkpoint", help="written by train.py; default: the frozen backbone, nothing trained")
+    add("--backbone", help="without a checkpoint (default ibot_vitb16, 512 px)")
+    add("--weights", help="backbone weights file instead of a download")
+    add("--layer", help="backbone block that is read, or several: 9,10 or --layer=-2,-1")
+    add("--size", type=int, help="input side in pixels")
+    add("--dense", action=argparse.BooleanOptionalAction, default=True,
+        help="read pictures at half the patch's stride (default)")
+    add("--points", nargs="+", metavar="x,y", help="source points in pixels, or a file of them, a line each")
+    add("--count", type=int, default=32, help="matches at most (default 32)")
+    add("--threshold", type=float, default=0.5, help="confidence below which none is drawn (default 0.5)")
+    add("--saliency", nargs=2, metavar="MAP", help="8-bit saliency maps of both (default: attention)")
+    add("--out", help="picture to write (default matches.png)")
+    add("--warp", metavar="PICTURE", help="also: the target in the source's frame, and colours by place")
+    add("--json", metavar="FILE", help="also: matches with confidence and cells; a table if it ends in .csv")
     add("--device", default="auto", help="auto, cpu, cuda")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    spare = [a for a in args.points or [] if Path(a).suffix.lower() in data.EXTENSIONS]
+    args.points = [a for a in args.points or [] if a not in spare] or None
+    args.pictures = sorted(args.pictures + spare, key=argv.index)
+    if len(args.pictures) != (0 if args.pairs else 2):
+        given = f"{len(args.pictures)} given: {' '.join(args.pictures)}" if args.pictures else "none given"
+        raise ValueError(f"two pictures, SOURCE and TARGET, or --pairs FILE alone; {given}")
+    if args.pairs and (other := [n for n in ("points", "saliency", "out", "warp") if getattr(args, n)]):
+        raise ValueError(f"--{other[0]} is of two pictures, not of --pairs")
     if args.count < 1:
         raise ValueError(f"--count {args.count}: at least 1")
-    if Path(args.out).suffix.lower() not in data.EXTENSIONS or not Path(args.out).resolve().parent.is_dir():
-        raise ValueError(f"--out {args.out}: give a picture in an existing folder, such as matches.png")
+    if not 0 <= args.threshold <= 1:
+        raise ValueError(f"--threshold {args.threshold:g}: a confidence from 0 to 1")
+    args.out = args.out or "matches.png"
+    args.json = args.json or ("matches.jsonl" if args.pairs else None)
+    kinds = {"out": data.EXTENSIONS, "warp": data.EXTENSIONS, "json": {".json", ".jsonl", ".csv"}}
+    for name in kinds:
+        place = Path(getattr(args, name) or "x" + min(kinds[name]))
+        if place.suffix.lower() not in kinds[name] or place.is_dir() or not place.resolve().parent.is_dir():
+            raise ValueError(f"--{name} {place}: a file in an existing folder that ends in"
+                             f" {', '.join(sorted(kinds[name]))}")
+    args.dataset = args.stage = args.baseline = None  # what evaluate.load_methods asks for besides
     return args
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Two pictures
+
+
+class Side(NamedTuple):
+    """A picture and what the backbone sees in it."""
+
+    path: str
+    image: Image.Image
+    features: Features  # of batch size 1, with those of the mirror image
+    mask: Tensor  # (H, W) bool: the cells of the object
+
+
+class Matches(NamedTuple):
+    """Matches of two pictures, the surest first unless points were given."""
+
+    points: Tensor  # (n, 2) source cells
+    places: Tensor  # (n, 2) target cells
+    sure: Tensor  # (n,) confidence
+    reading: Reading
+
+
+def object_cells(features: Features) -> Tensor:
+    """The cells of the object, (H, W) bool, where there is only attention, which sees parts of it.
+
+    Seeds are where attention, smoothed, is high. Every cell then belongs to the nearer of two means, that
+    of the seeds and that of the rest, and a majority of its neighbours decides.
+    """
+    grid = features.grid
+    side = max(grid) // 10 * 2 + 1  # a fifth of the image
+    seed = (gaussian_smooth(features.saliency, side) >= FOREGROUND).float().flatten()
+    feat = F.normalize(features.feat[0] - features.feat[0].mean(0), dim=-1)
+    inside, outside = ((m @ feat) / m.sum().clamp(min=1) for m in (seed, 1 - seed))
+    nearer = feat @ (inside - outside) - (inside @ inside - outside @ outside) / 2
+    found = gaussian_smooth(torch.tanh(5 * nearer).view(1, *grid), side)[0] > 0
+    return found if found.any() else seed.view(grid) > 0
+
+
 @torch.no_grad()
-def match(args: argparse.Namespace, load: Callable) -> None:
-    """Draw the generator's pairs of two pictures, or transfer given points and print them."""
-    cascade = load(args.checkpoint, weights=args.weights, device=find_device(args.device))
-    if cascade.pixel is None:
-        stages = f"--stages {cascade.cfg.stages}"
-        raise ValueError(f"{args.checkpoint} was trained without a pixel stage ({stages})")
-    files = zip((args.source, args.target), args.saliency or (None, None))
-    images, maps = zip(*(data.open_with_map(*pair, cascade.cfg.saliency_rescale) for pair in files))
-    points = parse_points(args.points, images[0].size) if args.points else None
-    sides: list[Features] = []
-    for image, saliency in zip(images, maps):
-        tensor, cells = data.prepare(image, saliency, cascade.cfg.size, cascade.backbone.patch)
-        sides.append(cascade.features(tensor[None], None if cells is None else cells[None]))
-    corr = cascade.pixel(*sides)
-    grids = [side.grid for side in sides]
-    if points is None:
-        pairs = cascade.pixel.select(corr, *sides, args.count, radius=2.0)
-        source_cells = cells_to_xy(pairs.src, grids[0][1])[pairs.valid][None]
-        if not source_cells.shape[1]:
-            raise ValueError("no pairs: a picture has no foreground; give --saliency maps or --points")
-        target_cells = cells_to_xy(pairs.trg, grids[1][1])[pairs.valid][None]
-    else:
-        source_cells = data.pixels_to_cells(points, images[0].size, grids[0])[None].to(corr)
-        target_cells = transfer_keypoints(corr, source_cells)
-    src_kps = data.cells_to_pixels(source_cells[0].cpu(), images[0].size, grids[0])
-    trg_kps = data.cells_to_pixels(target_cells[0].cpu(), images[1].size, grids[1])
-    if points is not None:
-        for (x, y), (u, v) in zip(src_kps.tolist(), trg_kps.tolist()):
-            print(f"{x:.1f},{y:.1f} -> {u:.1f},{v:.1f}")
-    write_whole(args.out, draw_matches(*images, src_kps, trg_kps))
-    print(f"{len(src_kps)} matches drawn in {args.out}")
+def open_side(matcher, path: str, saliency: str | None = None) -> Side:
+    """A picture with its features. ValueError, naming the file, for what cannot be read or is too small."""
+    with data.opened(path) as picture:
+        if getattr(picture, "is_animated", False):
+            print(f"{path}: animated, its first frame is matched", file=sys.stderr)
+    image, place = data.open_with_map(path, saliency, matcher.cfg.saliency_rescale)
+    if min(image.size) < SMALLEST:
+        raise ValueError(f"{path} of {image.width}x{image.height} px: at least {SMALLEST} px a side")
+    view, cells = data.prepare(image, place, matcher.cfg.size, matcher.backbone.patch)
+    features = both_faces(matcher, view[None], None if cells is None else cells[None])
+    mask = features.saliency[0] >= FOREGROUND
+    return Side(path, image, features, mask if cells is not None or mask.all() else object_cells(features))
+
+
+@torch.no_grad()
+def find_matches(matcher, method: str, src: Side, trg: Side, points: Tensor | None, count: int) -> Matches:
+    """Where given points (n, 2) in source cells lie or, without any, the `count` surest matches of the object
+    that keep their distance in both pictures."""
+    reading = matcher.best(src.features, trg.features, method)
+    masks = [side.features.saliency >= FOREGROUND for side in (src, trg)]
+    (hs, ws), (ht, wt), given = src.features.grid, trg.features.grid, points is not None
+    points = points if given else cell_grid(hs, ws, reading.away)[src.mask.flatten()]
+    places = transfer_keypoints(reading.volume, points[None])
+    known = evidence(reading, *masks, points[None], places)[0]
+    sure = confidence(known, isinstance(matcher, Dense))
+    if not given:
+        order, (x, y) = sure.argsort(descending=True), places[0].round().long().unbind(-1)
+        landed = y.clamp(0, ht - 1) * wt + x.clamp(0, wt - 1)
+        pairs = Pairs((points[:, 1] * ws + points[:, 0]).long(), landed, sure, trg.mask.flatten()[landed])
+        best = pair_nms(Pairs(*(x[order][None] for x in pairs)), ws, wt, SPACING * max(hs, ws), count)
+        kept = best.valid[0].nonzero()[:, 0]
+        chosen = (best.src[0, kept, None] == pairs.src).nonzero()[:, 1]  # a source cell is there once
+        points, places, sure = points[chosen], places[:, chosen], sure[chosen]
+    return Matches(points, places[0], sure, reading)
+
+
+def record(src: Side, trg: Side, found: Matches, settings: dict) -> dict:
+    """What --json holds of two pictures: points in pixels of the upright pictures, (x, y), pixel centres at
+    integers; cells likewise."""
+    sides = ((src, found.points), (trg, found.places))
+    pixels = [data.cells_to_pixels(xy.cpu(), side.image.size, side.features.grid) for side, xy in sides]
+    columns = zip(*(xy.tolist() for xy in (*pixels, found.sure, found.points, found.places)))
+    names = ("source", "target", "confidence", "source_cell", "target_cell")
+
+    def plain(value):
+        return round(value, 3) if isinstance(value, float) else [round(x, 2) for x in value]
+
+    return {
+        "source": src.path, "target": trg.path, "source_size": src.image.size, "target_size": trg.image.size,
+        "source_grid": src.features.grid[::-1], "target_grid": trg.features.grid[::-1],
+        "mirrored": round(float(found.reading.away), 3),
+        "matches": [dict(zip(names, map(plain, row))) for row in columns], "settings": settings,
+    }  # fmt: skip
+
+
+def as_csv(found: dict) -> str:
+    """The matches of a record as a table."""
+    table = io.StringIO()
+    ends = [f"{name}_{axis}" for name in ("source", "target", "source_cell", "target_cell") for axis in "xy"]
+    rows = [[*m["source"], *m["target"], *m["source_cell"], *m["target_cell"], m["confidence"],
+             found["mirrored"]] for m in found["matches"]]
+    csv.writer(table).writerows([[*ends, "confidence", "mirrored"], *rows])
+    return table.getvalue()
+
+
+def warp(src: Side, trg: Side, reading: Reading, height: int = 384) -> Image.Image:
+    """The target pulled into the source's frame over its foreground, and colours by place, in one picture."""
+    sides, sizes = (src, trg), []
+    for side in sides:
+        scale = height / side.image.height
+        sizes.append((max(1, round(side.image.width * scale)), height))
+    images = [side.image.resize(size) for side, size in zip(sides, sizes)]
+    maps = []
+    for one, other, volume in ((0, 1, reading.volume), (1, 0, reading.volume.permute(0, 3, 4, 1, 2))):
+        grid, size = sides[one].features.grid, sizes[one][::-1]
+        places = transfer_keypoints(volume, cell_grid(*grid, volume)[None])[0]
+        places = data.cells_to_pixels(places, sizes[other], sides[other].features.grid)
+        cells = places.T.unflatten(1, grid)[None], sides[one].mask[None, None].float()
+        where, mask = (F.interpolate(x.cpu(), size, mode="bilinear", align_corners=False)[0] for x in cells)
+        maps += [where.permute(1, 2, 0), mask[0] >= 0.5]
+    return draw_warp(*images, *maps)
+
+
+def match_two(args: argparse.Namespace, matcher, method: str, settings: dict) -> None:
+    """Match two pictures; print and write what the options ask for."""
+    src, trg = (open_side(matcher, *pair) for pair in zip(args.pictures, args.saliency or (None, None)))
+    points = None
+    if args.points:
+        points = parse_points(args.points, src.image.size).to(src.features.feat)
+        points = data.pixels_to_cells(points, src.image.size, src.features.grid)
+    found = find_matches(matcher, method, src, trg, points, args.count)
+    result = record(src, trg, found, settings)
+    if args.points:
+        for m in result["matches"]:
+            (x, y), (u, v) = m["source"], m["target"]
+            print(f"{x:.1f},{y:.1f} -> {u:.1f},{v:.1f}  confidence {m['confidence']:.2f}")
+    if result["mirrored"] > 0.5:
+        print(f"{trg.path} faces the other way than {src.path} (probability {result['mirrored']:.2f})")
+    drawn = [m for m in result["matches"] if m["confidence"] >= args.threshold]
+    ends = (torch.tensor([m[end] for m in drawn]).view(-1, 2) for end in ("source", "target"))
+    write_whole(args.out, draw_matches(src.image, trg.image, *ends))
+    below = len(result["matches"]) - len(drawn)
+    left = f", {below} below {args.threshold:g} left out" if below else ""
+    print(f"{len(drawn)} matches drawn in {args.out}{left}")
+    if args.warp:
+        write_whole(args.warp, warp(src, trg, found.reading))
+        print(f"{args.warp}: {trg.path} in the frame of {src.path}")
+    if args.json:
+        write_whole(args.json, as_csv(result) if args.json.endswith(".csv") else json.dumps(result, indent=1))
+        print(f"all {len(result['matches'])} matches, with their confidence, in {args.json}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Many pairs
+
+
+def read_pairs(path: str) -> list[tuple[str, str]]:
+    """Two columns of names, relative to the file, with or without the header source,target; more columns are
+    left alone."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"cannot read --pairs {path}: {error}") from None
+    rows = rows[1:] if rows and rows[0][:2] == ["source", "target"] else rows
+    if wrong := [row for row in rows if len(row) < 2 or not all(row[:2])]:
+        raise ValueError(f"{path}: {','.join(wrong[0])!r} is not source,target")
+    if not rows:
+        raise ValueError(f"{path}: no pairs in it")
+    return [(row[0], row[1]) for row in rows]
+
+
+def finished_pairs(path: str, settings: dict) -> set[tuple[str, str]]:
+    """The pairs whose lines a stopped run has left; a line that it could not finish is cut off. ValueError if
+    they were made with other settings."""
+    kept, done = [], set()
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+        try:
+            found = json.loads(line)
+            done.add((found["source"], found["target"]))
+            other = found["settings"] != settings
+        except (ValueError, KeyError, TypeError):
+            break
+        if other:
+            raise ValueError(f"--json {path} holds pairs matched with other settings: give another file")
+        kept.append(line + "\n")
+    write_whole(path, "".join(kept))
+    return done
+
+
+def match_many(args: argparse.Namespace, matcher, method: str, settings: dict) -> None:
+    """A JSON line a pair; the backbone runs once a picture, of which HELD are kept."""
+    pairs, folder = read_pairs(args.pairs), Path(args.pairs).parent
+    done, sides, skipped = finished_pairs(args.json, settings), OrderedDict(), []
+    left = [pair for pair in dict.fromkeys(pairs) if pair not in done]
+
+    def side(name: str) -> Side:
+        sides[name] = sides.pop(name, None) or open_side(matcher, str(folder / name))._replace(path=name)
+        while len(sides) > HELD:
+            sides.popitem(last=False)
+        return sides[name]
+
+    with open(args.json, "a") as file:
+        for names in progress(left, desc="pairs"):
+            try:
+                src, trg = map(side, names)
+            except ValueError as error:
+                skipped.append(str(error))
+                continue
+            found = find_matches(matcher, method, src, trg, None, args.count)
+            file.write(json.dumps(record(src, trg, found, settings)) + "\n")
+            file.flush()
+    before = f", {len(done)} of them before" if done else ""
+    print(f"{len(done) + len(left) - len(skipped)} pairs in {args.json}{before}")
+    if skipped:
+        reasons = "; ".join(list(dict.fromkeys(skipped))[:5])
+        print(f"{len(skipped)} pairs passed over: {reasons}", file=sys.stderr)
 
 
 def main(argv: list[str], load: Callable) -> None:
-    """load: train.load_cascade, handed in, since nothing in this folder knows of training."""
+    """load: evaluate.load_methods, handed in, since nothing in this folder knows of training."""
     with command():
-        match(read_options(argv), load)
+        args = read_options(argv)
+        matcher, methods = load(args)
+        if methods[-1] not in ("best", "best-pixel"):
+            raise ValueError(f"{args.checkpoint} was trained without a pixel stage")
+        if args.checkpoint:
+            print(f"pixel stage of {args.checkpoint}, by our reading")
+        settings = {key: getattr(matcher.cfg, key) for key in ("backbone", "layer", "size")}
+        settings |= {"checkpoint": args.checkpoint, "dense": args.dense, "reading": methods[-1]}
+        settings |= {"count": args.count, "saliency": args.saliency}
+        (match_many if args.pairs else match_two)(args, matcher, methods[-1], settings)

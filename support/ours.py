@@ -1,6 +1,7 @@
 """Ours, not the paper's, inside MVAM: the local feed-forward and the consensus of neighbours."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -217,11 +218,18 @@ def faces_other_way(scores: Tensor) -> Tensor:
     return right[:, None] != right
 
 
+class Reading(NamedTuple):
+    """A couple's volumes in our reading, (B, Hs, Ws, Ht, Wt) in the target's own cells, and what it found."""
+
+    volume: Tensor  # the reading itself
+    near: Tensor  # the consensus of 3x3 neighbours, without the affine map
+    away: Tensor  # (B,) the probability that the target faces the other way
+
+
 @torch.no_grad()
-def best_reading(volume: Callable, src, trg, smooth: bool) -> Tensor:
+def best_reading(volume: Callable, src, trg, smooth: bool) -> Reading:
     """Our reading of a volume: with the target as it is and with its mirror image, each read by the couple's
-    affine map, mixed by the probability that the target faces the other way; (B, Hs, Ws, Ht, Wt) in the
-    target's own cells.
+    affine map, mixed by the probability that the target faces the other way.
 
     volume(src, trg): the volume of features that have their mirror images'. smooth: it holds no consensus of
     neighbours yet.
@@ -231,7 +239,9 @@ def best_reading(volume: Callable, src, trg, smooth: bool) -> Tensor:
     for corr in plain_and_mirrored(volume, src, trg):
         near.append(neighbourhood_consensus(corr, 3) if smooth else corr)
         wide.append(neighbourhood_consensus(corr, 5 if smooth else 3))
-    away = torch.sigmoid(facing_score(*near, mask_s, mask_t) / FACING_SLOPE)[:, None, None, None, None]
+    away = torch.sigmoid(facing_score(*near, mask_s, mask_t) / FACING_SLOPE)
     plain = affine_reading(near[0], wide[0], mask_s, mask_t)
     mirrored = affine_reading(near[1], wide[1], mask_s, mask_t.flip(-1))
-    return (1 - away) * plain + away * mirrored.flip(4)
+    share = away[:, None, None, None, None]
+    mixed = ((1 - share) * x + share * y.flip(4) for x, y in ((plain, mirrored), near))
+    return Reading(*mixed, away)

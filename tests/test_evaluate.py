@@ -1,4 +1,4 @@
-"""PCK, its thresholds and averages, prediction, pictures and the command line of evaluate.py."""
+"""PCK, its thresholds and averages, prediction and the command line of evaluate.py."""
 
 import csv
 import errno
@@ -19,11 +19,10 @@ from PIL import Image
 
 import evaluate
 from data import KeypointPair, KeypointSet
-from evaluate import blocks_of_pairs, correct_points, predict, right_at_ten, score
+from evaluate import blocks_of_pairs, correct_points, predict, score
 from experiments import peers
 from modules import Features
 from support.dense import Dense
-from support.pictures import GREEN, RED, YELLOW, draw_curve, draw_matches, match_sheet, ranked_pairs
 from support.presets import PRESETS
 from support.shapes import SHAPE_CLASSES, SHAPE_SPLITS, shapes_pairs
 from train import FROZEN, Cascade, Config, save
@@ -258,79 +257,6 @@ def test_a_real_backbone_predicts_alike_in_every_batch_size():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Pictures
-
-
-BLUE, GRAY, WHITE = (20, 30, 160), (90, 90, 90), (255, 255, 255)
-
-
-def test_draw_matches_joins_right_points_in_green_and_wrong_ones_in_red():
-    """Source 40 x 20 px drawn six times larger, target 30 x 60 px twice; lines are level, at y 15 and 78."""
-    src, trg = Image.new("RGB", (40, 20), BLUE), Image.new("RGB", (30, 60), GRAY)
-    src_kps, trg_kps = torch.tensor([[10.0, 2.0], [20.0, 12.5]]), torch.tensor([[5.0, 7.0], [12.0, 38.5]])
-    truth = torch.tensor([[5.0, 7.0], [22.0, 50.0]])
-    picture = draw_matches(src, trg, src_kps, trg_kps, truth, torch.tensor([True, False]), height=120)
-    assert picture.size == (240 + 4 + 60, 120)
-    # Ends: source 63, 15 and 123, 78; target 244 + 11, 15 and 244 + 25, 78.
-    for x in (80, 150, 200, 242, 249):
-        assert picture.getpixel((x, 15)) == GREEN
-    for x in (140, 200, 242, 255, 262):
-        assert picture.getpixel((x, 78)) == RED
-    assert picture.getpixel((50, 15)) == BLUE and picture.getpixel((100, 78)) == BLUE  # before the lines
-    assert picture.getpixel((262, 15)) == GRAY and picture.getpixel((280, 78)) == GRAY  # behind their ends
-    assert picture.getpixel((242, 50)) == WHITE
-    # The truth of the wrong point: a cross at 244 + 45, 101.
-    for x, y in ((289, 101), (286, 101), (292, 101), (289, 98), (289, 104)):
-        assert picture.getpixel((x, y)) == YELLOW
-    assert picture.getpixel((296, 101)) == GRAY and picture.getpixel((289, 109)) == GRAY
-
-
-def test_draw_matches_without_truth_gives_every_line_its_own_hue():
-    src, trg = Image.new("RGB", (30, 60), BLUE), Image.new("RGB", (40, 20), GRAY)
-    ys = torch.tensor([4.0, 19.0, 34.0, 49.0])
-    src_kps, trg_kps = torch.stack([ys * 0 + 5, ys], 1), torch.stack([ys * 0 + 20, (ys + 0.5) / 3 - 0.5], 1)
-    picture = draw_matches(src, trg, src_kps, trg_kps, height=120)
-    assert picture.size == (60 + 4 + 240, 120)
-    colours = [picture.getpixel((62, round(2 * (float(y) + 0.5)))) for y in ys]
-    assert all(colour != WHITE for colour in colours)
-    assert min(math.dist(a, b) for k, a in enumerate(colours) for b in colours[:k]) > 100
-    assert YELLOW not in [colour for _, colour in picture.getcolors(maxcolors=100_000)]
-
-
-def sheet_set(count: int) -> tuple[dict, KeypointSet]:
-    """Pair k joins an image of red value 10 k, 40 x 20 or 20 x 20 px, to a gray one of 30 x 60 px."""
-    sources = [Image.new("RGB", (40 if k % 2 else 20, 20), (10 * k, 0, 90)) for k in range(count)]
-    images = Pictures([*sources, Image.new("RGB", (30, 60), GRAY)])
-    kps, truth = torch.tensor([[1.0, 1.0]]), torch.tensor([[4.0, 50.0]])
-    pairs = [KeypointPair(k, count, kps, truth, "thing", BOX, BOX) for k in range(count)]
-    return {"one": [truth] * count, "other": [truth + 6] * count}, KeypointSet("sheet", images, pairs)
-
-
-@pytest.mark.parametrize(("count", "rows"), [(6, [0, 2, 4]), (2, [0, 1])])
-def test_match_sheet_has_a_row_a_pair_spread_over_the_set_and_a_column_a_method(count, rows):
-    predictions, keypoints = sheet_set(count)
-    page = match_sheet(predictions, right_at_ten(predictions, keypoints), keypoints, 3)
-    # At a height of 192 px the sources are 384 or 192 px wide, the targets 96.
-    wide = max(384 if k % 2 else 192 for k in rows) + 4 + 96
-    assert page.size == (2 * (wide + 8), 16 + 200 * len(rows))
-    for column in range(2):
-        for r, k in enumerate(rows):
-            assert page.getpixel((column * (wide + 8) + 150, 16 + 200 * r + 20)) == (10 * k, 0, 90)
-
-
-def test_match_sheet_judges_points_at_alpha_010_of_the_box():
-    """A miss of 6 px along both axes is 8.5 px: beyond 0.10 x 80 px, within it for a box of 90 px."""
-    predictions, keypoints = sheet_set(2)
-    boxes = [(5.0, 5.0, 9.0, 5 + d) for d in (80.0, 90.0)]
-    keypoints.pairs = [pair._replace(trg_box=box) for pair, box in zip(keypoints.pairs, boxes)]
-    page = match_sheet(predictions, right_at_ten(predictions, keypoints), keypoints, 2)
-    column = 384 + 4 + 96 + 8
-    # Every line starts at the source's point, 1.5 px from its corner: drawn at 14.4, 14.4.
-    colours = [page.getpixel((column * c + 14, 16 + 200 * r + 14)) for c in (0, 1) for r in (0, 1)]
-    assert colours == [GREEN, GREEN, RED, GREEN]
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -498,47 +424,6 @@ def test_three_processes_write_exactly_what_one_writes(tiny_checkpoint, tmp_path
 # Pictures of a run
 
 
-def test_ranked_pairs_are_the_worst_the_middle_and_the_best_of_a_class():
-    """Pair k of class "a" has k % 5 of four points right; the more, the farther off the wrong ones."""
-    truth, pairs, predictions, quality = torch.rand(4, 2) * 100, [], [], {}
-    for k in [7, 3, 11, 0, 9, 1, 5, 8, 2, 10, 6, 4]:
-        miss = torch.full((4, 1), 8.0)  # d is 90 px
-        miss[: 4 - k % 5] = 10.0 * (1 + 3 * (k % 5)) + 0.1 * k
-        miss -= 0.01 * k
-        pairs.append(KeypointPair(0, 1, truth, truth, "a" if k < 11 else "b", BOX, (0.0, 0.0, 40.0, 90.0)))
-        predictions.append(truth + miss * torch.tensor([[0.6, 0.8]]))
-        if k < 11:
-            quality[len(pairs) - 1] = (k % 5, -float(miss.mean()))
-    order = sorted(quality, key=quality.get)
-    keypoints = KeypointSet("some", Pictures([]), pairs)
-    right = right_at_ten({"one": predictions}, keypoints)["one"]
-    for count in (1, 2, 3):
-        middle = (11 - count) // 2
-        expected = order[:count] + order[middle : middle + count] + order[-count:]
-        assert ranked_pairs(predictions, right, keypoints, "a", count) == expected
-    assert ranked_pairs(predictions, right, keypoints, "a", 50) == order  # fewer than asked for: each once
-    assert ranked_pairs(predictions, right, keypoints, "b", 2) == [2]
-    assert ranked_pairs(predictions, right, keypoints, "c", 2) == []
-
-
-def test_a_sheet_of_given_pairs_has_them_in_their_order():
-    predictions, keypoints = sheet_set(6)
-    page = match_sheet(predictions, right_at_ten(predictions, keypoints), keypoints, numbers=[5, 0, 3])
-    colours = [page.getpixel((150, 16 + 200 * r + 20)) for r in range(3)]
-    assert page.height == 16 + 3 * 200 and colours == [(50, 0, 90), (0, 0, 90), (30, 0, 90)]
-
-
-def test_the_curve_runs_through_its_values():
-    alphas, values = [0.02, 0.04, 0.1], [10.0, 60.0, 85.0]
-    page, empty = draw_curve({"one": values}, alphas), draw_curve({"one": [0.0, 0.0, 0.0]}, alphas)
-    for alpha, value in [*zip(alphas, values), (0.03, 35.0)]:  # 480 x 320 px from (50, 336) upward
-        x, y = round(50 + 480 * alpha / 0.1), round(336 - 3.2 * value)
-        near = [(x + i, y + j) for i in (-1, 0) for j in (-1, 0, 1) if x + i < 530]
-        assert any(page.getpixel(at) != empty.getpixel(at) and max(page.getpixel(at)) > 190 for at in near)
-        away = [(x, y + j) for j in (-25, 25)] if x < 520 else []
-        assert all(page.getpixel(at) == empty.getpixel(at) for at in away)
-
-
 def test_a_run_draws_a_sheet_a_class_and_the_curve_that_score_gives(run_main, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(SHAPE_SPLITS, "test", (200_000, 4))
     run_main("--baseline", "nn", "hough", "--visualize", 1, "--out", "some/place")
@@ -546,8 +431,10 @@ def test_a_run_draws_a_sheet_a_class_and_the_curve_that_score_gives(run_main, mo
     assert "some/place" in capsys.readouterr().out.splitlines()[-1]
     sheets = {f"{c}.jpg" for c in SHAPE_CLASSES}
     assert {p.name for p in folder.iterdir()} == sheets | {"curve.png", "curve.csv"}
-    assert all(Image.open(folder / f"{name}.jpg").height == 16 + 3 * 200 for name in SHAPE_CLASSES)
-    assert Image.open(folder / "curve.png").size == (660, 376)
+    # A legend of 40 px, and three tiles, two in a row: each a source and two targets of 212 px in margins.
+    size = (2 * 3 * 212 + 20, 48 + 2 * 251 + 20)
+    assert all(Image.open(folder / f"{name}.jpg").size == size for name in SHAPE_CLASSES)
+    assert Image.open(folder / "curve.png").height == 416
     title, *rows = csv.reader((folder / "curve.csv").read_text().splitlines())
     steps = [k / 100 for k in range(1, 11)]
     keypoints = shapes_pairs("test")

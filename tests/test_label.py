@@ -18,7 +18,7 @@ import label
 from label import Clique, LabelConfig, clique_maps, closed_loops, image_errors, loop_errors, pair_matches
 from modules import Features, cells_to_xy, kernel_soft_argmax, read_at, select_pairs
 from support import detector, label_report, shapes
-from support.pictures import draw_pair
+from support.pictures import draw_pair, error_legend
 from support.shapes import Shapes, corresponding_points, draw_shape
 from support.shards import ImageGroups, Records, run_shards, shard_path, write_record
 from train import Cascade, Config, build_optimizer, save
@@ -353,14 +353,28 @@ def test_a_drawn_shapes_label_is_judged_by_its_true_partner():
     assert label_report.right_matches(images, pair) == [True, True, False, False]
 
 
-def test_a_labelled_pair_is_drawn_green_where_loops_close_and_red_where_they_miss(tmp_path):
+def test_pages_of_pairs_begin_with_the_scale_of_their_colours(tmp_path):
     Image.new("RGB", (200, 160)).save(tmp_path / "a.png")
     images = data.ImageSet([tmp_path / "a.png"] * 2, [0, 0], ["duck"])
-    pair = {"src": 0, "trg": 1, "errors": [0.0, 0.4], "score": 0.2}
-    pair |= {"src_kps": [[20, 40], [20, 120]], "trg_kps": [[150, 40], [150, 120]]}
-    page = draw_pair(images, pair)
-    good, bad = (page.getpixel((100, 14 + y)) for y in (40, 120))
-    assert good[1] > 200 and good[0] < 60 and bad[0] > 200 and bad[1] < 60
+    kps = {"src_kps": [[20, 40], [20, 120]], "trg_kps": [[150, 40], [150, 120]]}
+    pair = kps | {"src": 0, "trg": 1, "errors": [0.0, 0.4]}
+
+    class Shards(list):
+        def read(self, shard: int) -> dict:
+            return self[shard]
+
+    kept = [pair | {"score": score, "kept": True} for score in (0.01, 0.03)]
+    records = (Shards([{"pairs": some}]) for some in (kept, [pair | {"score": 0.2, "kept": False}]))
+    label_report.draw_pages(tmp_path, images, *records, count=1)
+    assert {p.name for p in (tmp_path / "drawn").iterdir()} == {
+        "best.jpg", "worst.jpg", "typical.jpg", "dropped_images.jpg"}
+    for name, score in (("best", 0.01), ("worst", 0.03), ("dropped_images", 0.2)):
+        expected = [error_legend(), draw_pair(images, pair | {"score": score})]
+        with Image.open(tmp_path / "drawn" / f"{name}.jpg") as page:
+            assert page.size == (max(view.width for view in expected), 18 + 8 + expected[1].height)
+            for view, y in zip(expected, (0, 26)):
+                found = np.asarray(page.crop((0, y, view.width, y + view.height)), float)
+                assert np.abs(found - np.asarray(view, float)).mean() < 6, name
 
 
 def test_exactly_half_of_the_other_images_are_enough(monkeypatch):

@@ -274,7 +274,7 @@ def test_a_facing_score_compares_the_mirror_image_under_its_own_mask_less_the_ma
 
 def test_facing_is_found_and_put_back_where_the_target_is_the_mirrored_source():
     src, trg, away = couples()
-    found = best_reading(cosines, src, trg, smooth=True)
+    found = best_reading(cosines, src, trg, smooth=True).volume
     assert found.shape == (4, 6, 9, 7, 8)
     for b, turned in enumerate(away.tolist()):
         for y in range(6):
@@ -290,7 +290,7 @@ def test_the_best_reading_mixes_both_views_by_the_probability_that_the_target_fa
     score = torch.tensor([-0.03, 0.0, 0.005, 0.04])  # the score is asked for before the readings
     monkeypatch.setattr(ours, "facing_score", lambda *args: asked.append(args) or score)
     monkeypatch.setattr(ours, "affine_reading", lambda *args: asked.append(args) or reads[len(asked) - 2])
-    found = best_reading(cosines, src, trg, smooth)
+    found = best_reading(cosines, src, trg, smooth).volume
     volumes = plain_and_mirrored(cosines, src, trg)
     near = [neighbourhood_consensus(corr, 3) if smooth else corr for corr in volumes]
     wide = [neighbourhood_consensus(corr, 5 if smooth else 3) for corr in volumes]
@@ -452,7 +452,7 @@ def test_our_reading_of_dense_cells_is_that_of_their_own_volume():
     assert src.grid == (6, 8) and float(src.saliency.min()) < 0.5 < float(src.saliency.max())
     with torch.no_grad():
         found = matcher.volume(src, trg, "best-pixel")
-        expected = best_reading(lambda s, t: matcher.volume(s, t, "pixel"), src, trg, smooth=False)
+        expected = best_reading(lambda s, t: matcher.volume(s, t, "pixel"), src, trg, smooth=False).volume
     torch.testing.assert_close(found, expected)
     assert found.shape == (1, 6, 8, 6, 6)
 
