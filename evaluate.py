@@ -354,7 +354,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.visualize:
         steps, rule = tuple(k / 100 for k in range(1, 11)), args.rule or keypoints.rule
         curves = {m: score(pred, keypoints, steps, rule)[rule]["per_image"] for m, pred in found.items()}
-        draw_results(folder, found, right, keypoints, args.visualize, curves, steps)
+        draw_results(folder, found, right, keypoints, args.visualize, curves, steps, rule)
         print(f"worst, middle and best pairs of every class, and curves, drawn in {folder}")
     if args.json:
         write_report(args, matcher, keypoints, {"target": scores}, **more)

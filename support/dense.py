@@ -47,6 +47,8 @@ class Dense:
         """Features of `features` to a volume of their cells, (B, Hs, Ws, Ht, Wt)."""
         if method.startswith("best"):
             return self.best(src, trg, method).volume
+        if method == "nn":  # a cell's cosines know nothing of views
+            return self.cascade.volume(src, trg, method)
         s, t = (x.feat.unflatten(1, x.grid) for x in (src, trg))
         corr = s.new_empty(len(s), *src.grid, *trg.grid)
         for ys, xs in VIEWS:
