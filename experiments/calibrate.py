@@ -45,8 +45,10 @@ def main(argv: list[str] | None = None) -> None:
         try:
             with open(path) as file:
                 tables = json.load(file)["confidence"].values()
-            found += [torch.tensor(table["evidence"]) for table in tables]
-            right += [torch.tensor(table["right"]) for table in tables]
+            sets = [(torch.tensor(table["evidence"]), torch.tensor(table["right"])) for table in tables]
+            if not sets or any(not len(y) or x.shape != (len(y), 4) for x, y in sets):
+                raise ValueError
+            found, right = found + [x for x, _ in sets], right + [y for _, y in sets]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{path} is not what evaluate.py --confidence --json writes") from None
     weights, bias = fit(found, right)

@@ -50,7 +50,7 @@ def parse_points(texts: list[str], size: tuple[int, int]) -> Tensor:
     if len(texts) == 1 and "," not in texts[0]:
         where = texts[0]
         try:
-            lines = Path(where).read_text().replace(",", " ").splitlines()
+            lines = Path(where).read_text("utf-8-sig").replace(",", " ").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--points {where}: neither x,y nor a file that can be read ({error})") from None
         texts = [",".join(line.split()) for line in lines if line.strip() and line.split() != ["x", "y"]]
@@ -84,14 +84,14 @@ def read_options(argv: list[str]) -> argparse.Namespace:
         help="read pictures at half the patch's stride (default)")
     add("--points", nargs="+", metavar="x,y", help="source points in pixels, or a file of them, a line each")
     add("--count", type=int, default=32, help="matches at most (default 32)")
-    add("--threshold", type=float, default=0.5, help="confidence below which none is drawn (default 0.5)")
+    add("--threshold", type=float, default=0.3, help="confidence below which none is drawn (default 0.3)")
     add("--saliency", nargs=2, metavar="MAP", help="8-bit saliency maps of both (default: attention)")
     add("--out", help="picture to write (default matches.png)")
     add("--warp", metavar="PICTURE", help="also: the target in the source's frame, and colours by place")
     add("--json", metavar="FILE", help="also: matches with confidence and cells; a table if it ends in .csv")
     add("--device", default="auto", help="auto, cpu, cuda")
     args = parser.parse_intermixed_args(argv)
-    spare = [a for a in args.points or [] if Path(a).suffix.lower() in data.EXTENSIONS]
+    spare = [a for a in args.points or [] if Path(a).suffix.lower() in {*data.EXTENSIONS, *data.UNREAD}]
     args.points = [a for a in args.points or [] if a not in spare] or None
     args.pictures = sorted(args.pictures + spare, key=argv.index)
     if len(args.pictures) != (0 if args.pairs else 2):
@@ -101,17 +101,23 @@ def read_options(argv: list[str]) -> argparse.Namespace:
         raise ValueError(f"--{other[0]} is of two pictures, not of --pairs")
     if args.count < 1:
         raise ValueError(f"--count {args.count}: at least 1")
+    if args.size is not None and args.size < 1:
+        raise ValueError(f"--size {args.size}: at least 1")
     if not 0 <= args.threshold <= 1:
         raise ValueError(f"--threshold {args.threshold:g}: a confidence from 0 to 1")
     args.out = args.out or "matches.png"
     args.json = args.json or ("matches.jsonl" if args.pairs else None)
     kinds = {"out": data.EXTENSIONS, "warp": data.EXTENSIONS, "json": {".json", ".jsonl", ".csv"}}
+    given = [*args.pictures, *(args.saliency or []), args.pairs, args.checkpoint, args.weights]
     for name in kinds:
         place = Path(getattr(args, name) or "x" + min(kinds[name]))
         if place.suffix.lower() not in kinds[name] or place.is_dir() or not place.resolve().parent.is_dir():
             raise ValueError(f"--{name} {place}: a file in an existing folder that ends in"
                              f" {', '.join(sorted(kinds[name]))}")
-    args.dataset = args.stage = args.baseline = None  # what evaluate.load_methods asks for besides
+        if place.resolve() in {Path(p).resolve() for p in given if p}:
+            raise ValueError(f"--{name} {place}: would take the place of what is read")
+    args.stage = ["best-pixel"] if args.checkpoint else None
+    args.dataset = args.baseline = None  # what evaluate.load_methods asks for besides
     return args
 
 
@@ -146,6 +152,8 @@ def object_cells(features: Features) -> Tensor:
     grid = features.grid
     side = max(grid) // 10 * 2 + 1  # a fifth of the image
     seed = (gaussian_smooth(features.saliency, side) >= FOREGROUND).float().flatten()
+    if not seed.any():
+        return torch.ones_like(features.saliency[0], dtype=torch.bool)
     feat = F.normalize(features.feat[0] - features.feat[0].mean(0), dim=-1)
     inside, outside = ((m @ feat) / m.sum().clamp(min=1) for m in (seed, 1 - seed))
     nearer = feat @ (inside - outside) - (inside @ inside - outside @ outside) / 2
@@ -165,6 +173,8 @@ def open_side(matcher, path: str, saliency: str | None = None) -> Side:
     view, cells = data.prepare(image, place, matcher.cfg.size, matcher.backbone.patch)
     features = both_faces(matcher, view[None], None if cells is None else cells[None])
     mask = features.saliency[0] >= FOREGROUND
+    if cells is not None and not mask.any():
+        raise ValueError(f"saliency map {saliency}: too small a foreground for any cell of {path}")
     return Side(path, image, features, mask if cells is not None or mask.all() else object_cells(features))
 
 
@@ -199,7 +209,7 @@ def record(src: Side, trg: Side, found: Matches, settings: dict) -> dict:
     names = ("source", "target", "confidence", "source_cell", "target_cell")
 
     def plain(value):
-        return round(value, 3) if isinstance(value, float) else [round(x, 2) for x in value]
+        return round(value, 3) if isinstance(value, float) else [round(x, 2) + 0.0 for x in value]
 
     return {
         "source": src.path, "target": trg.path, "source_size": src.image.size, "target_size": trg.image.size,
@@ -289,13 +299,16 @@ def read_pairs(path: str) -> list[tuple[str, str]]:
 def finished_pairs(path: str, settings: dict) -> set[tuple[str, str]]:
     """The pairs whose lines a stopped run has left; a line that it could not finish is cut off. ValueError if
     they were made with other settings."""
-    kept, done = [], set()
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+    kept, done, start = [], set(), '{"source": '
+    lines = Path(path).read_bytes().decode(errors="replace").splitlines() if Path(path).exists() else []
+    for k, line in enumerate(lines, 1):
         try:
             found = json.loads(line)
             done.add((found["source"], found["target"]))
             other = found["settings"] != settings
         except (ValueError, KeyError, TypeError):
+            if k < len(lines) or line[: len(start)] != start[: len(line)]:
+                raise ValueError(f"--json {path} holds something else: give another file") from None
             break
         if other:
             raise ValueError(f"--json {path} holds pairs matched with other settings: give another file")

@@ -1,0 +1,136 @@
+"""How many labels of annotated photographs are right: label.py's maps against keypoints that it never saw.
+
+    python -m experiments.label_truth --checkpoint runs/photos/last.pt --datapath CUB6 --saliency CUB6_MAPS
+
+The images of a split in SPair-71k's layout go through the labeller's steps: loops, the choice of images,
+pairs of kept images and, for comparison, of dropped ones. A pair's labels come from the map between its two
+images. Moved by it, a keypoint of the source is right if it ends within a tenth of the longer side of the
+target's box of the target's keypoint of the same name.
+"""
+
+import argparse
+import json
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import data
+from evaluate import correct_points
+from experiments.facing import misfits
+from label import (
+    CliqueSet,
+    LabelConfig,
+    Singles,
+    map_clique,
+    measure_loops,
+    pair_matches,
+    select_images,
+    settings_of,
+    split_cliques,
+)
+from modules import read_at
+from support.benchmarks import benchmark_file
+from support.run import command, find_device
+from train import load_cascade
+
+
+class Annotated(NamedTuple):
+    """What is known of an image."""
+
+    points: dict[str, tuple[float, float]]  # by the keypoint's name, in pixels
+    box: data.Box
+
+
+def read_images(root: str, split: str) -> tuple[list[Path], list[str], list[Annotated]]:
+    """The images of a split, their classes and annotations, gathered from all its pairs."""
+    listed = benchmark_file("spair", root, f"Layout/large/{split}.txt")
+    folder, points, boxes = listed.parents[2], defaultdict(dict), {}
+    for path in sorted((folder / "PairAnnotation" / split).glob("*.json")):
+        record = json.loads(path.read_text())
+        for side in ("src", "trg"):
+            image = folder / "JPEGImages" / record["category"] / record[f"{side}_imname"]
+            points[image] |= dict(zip(record["kps_ids"], map(tuple, record[f"{side}_kps"])))
+            boxes[image] = tuple(record[f"{side}_bndbox"])
+    images = sorted(points)
+    return images, [image.parent.name for image in images], [Annotated(points[i], boxes[i]) for i in images]
+
+
+def judge(known: list[Annotated], clique, maps: Tensor, pair: dict) -> tuple[list[bool], bool]:
+    """Which common keypoints of a labelled pair its map moves to their partners, and whether the pair faces
+    alike by them."""
+    ends = [clique.index.index(pair[side]) for side in ("src", "trg")]
+    src, trg = (known[pair[side]] for side in ("src", "trg"))
+    names = sorted(src.points.keys() & trg.points.keys())
+    start, truth = (torch.tensor([one.points[n] for n in names]).view(-1, 2) for one in (src, trg))
+    cells = data.pixels_to_cells(start, clique.sizes[ends[0]], clique.feats.grid)
+    moved = read_at(maps[ends[0], ends[1]].permute(2, 0, 1)[None].cpu(), cells[None])[0]
+    found = data.cells_to_pixels(moved, clique.sizes[ends[1]], clique.feats.grid)
+    x0, y0, x1, y1 = trg.box
+    alike = len(names) < 3
+    if not alike:
+        plain, mirrored = misfits(data.KeypointPair(0, 0, start, truth, "", src.box, trg.box))
+        alike = plain <= mirrored
+    return correct_points(found, truth, max(x1 - x0, y1 - y0), (0.1,))[:, 0].tolist(), alike
+
+
+def print_row(name: str, right: list[bool], pairs: int) -> None:
+    share = f"{100 * sum(right) / len(right):5.1f} %" if right else "    -"
+    print(f"{name:40s} {share} of {len(right):5d} keypoints in {pairs} pairs")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="experiments.label_truth", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="checkpoint written by train.py")
+    add("--weights", help="backbone weights file, where the checkpoint's own path is gone")
+    add("--datapath", required=True, help="a data set in SPair-71k's layout")
+    add("--split", default="trn", help="trn (default), val or test")
+    add("--saliency", default="attention", help="folder of <class>/<image>_sal.png, or attention (default)")
+    add("--keep", type=float, default=0.3, help="share of every class's images that is kept (default 0.3)")
+    add("--no-facing", dest="facing", action="store_false", help="no mirror images")
+    add("--device", default="auto", help="auto, cpu, cuda")
+    args = parser.parse_args(argv)
+    paths, classes, known = read_images(args.datapath, args.split)
+    names = sorted(set(classes))
+    maps = None if args.saliency == "attention" else args.saliency
+    images = data.ImageSet(paths, [names.index(c) for c in classes], names, maps)
+    mode = {"saliency": "none" if maps else "attention"}
+    cascade = load_cascade(args.checkpoint, args.weights, find_device(args.device), **mode)
+    rows, members = [], dict(enumerate(images.members()))
+    with tempfile.TemporaryDirectory() as out:
+        cfg = LabelConfig(checkpoint=args.checkpoint, dataset="folder", saliency=args.saliency, out=out,
+                          size=cascade.cfg.size, keep=args.keep, facing=args.facing)
+        singles = Singles(members, {}, {})
+        measured = measure_loops(cfg, cascade, images, singles, settings_of(cfg, images, singles))
+    kept = select_images(measured.errors, images.labels, cfg.keep)
+    for k, some in members.items():
+        rest = [i for i in some if i in measured.errors and i not in kept[k]]
+        for kind, chosen in (("kept", kept[k]), ("dropped", rest)):
+            groups = [g for g in split_cliques(chosen, cfg.pair_clique_size) if len(g) >= 3]
+            items = CliqueSet(images, groups, cascade)
+            for number in range(len(groups)):
+                clique, _, moves, partners = map_clique(cascade, items[number], {}, cfg, matched=True)
+                if not clique:
+                    continue
+                found = sorted(pair_matches(clique, moves, partners, cfg), key=lambda pair: pair["score"])
+                most = cfg.pairs * len(clique.index)
+                rows += [(kind, pair["score"], *judge(known, clique, moves, pair)) for pair in found[:most]]
+    print(f"{len(paths)} images of {len(names)} classes, {sum(map(len, kept.values()))} kept")
+    some = {kind: [row for row in rows if row[0] == kind] for kind in ("kept", "dropped")}
+    some |= {f"kept, facing {name}": [row for row in some["kept"] if row[3] == alike]
+             for name, alike in (("alike", True), ("opposite ways", False))}
+    ranked = sorted(rows, key=lambda row: row[1])
+    some |= {f"all, quarter {q + 1} by loop error": ranked[q * len(ranked) // 4 : (q + 1) * len(ranked) // 4]
+             for q in range(4)}
+    for name, chosen in some.items():
+        print_row(name, [good for row in chosen for good in row[2]], len(chosen))
+
+
+if __name__ == "__main__":
+    with command():
+        main()
