@@ -84,7 +84,7 @@ def read_options(argv: list[str]) -> argparse.Namespace:
         help="read pictures at half the patch's stride (default)")
     add("--points", nargs="+", metavar="x,y", help="source points in pixels, or a file of them, a line each")
     add("--count", type=int, default=32, help="matches at most (default 32)")
-    add("--threshold", type=float, default=0.3, help="confidence below which none is drawn (default 0.3)")
+    add("--threshold", type=float, default=0.5, help="confidence below which none is drawn (default 0.5)")
     add("--saliency", nargs=2, metavar="MAP", help="8-bit saliency maps of both (default: attention)")
     add("--out", help="picture to write (default matches.png)")
     add("--warp", metavar="PICTURE", help="also: the target in the source's frame, and colours by place")
