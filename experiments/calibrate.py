@@ -24,7 +24,7 @@ def fit(found: list[Tensor], right: list[Tensor]) -> tuple[Tensor, Tensor]:
     set of the same weight, that makes right [(n,) bool, ...] likeliest."""
     x, y = torch.cat(found).double(), torch.cat(right).double()
     share = torch.cat([torch.full((len(part),), 1 / len(part) / len(found)) for part in found]).double()
-    mean, scale = x.mean(0), x.std(0)
+    mean, scale = x.mean(0), x.std(0).clamp(min=1e-6)
     x = torch.cat([(x - mean) / scale, x.new_ones(len(x), 1)], 1)
     ridge, theta = RIDGE * torch.eye(x.shape[1]).double(), x.new_zeros(x.shape[1])
     ridge[-1, -1] = 0

@@ -107,7 +107,8 @@ def read_options(argv: list[str]) -> argparse.Namespace:
         raise ValueError(f"--threshold {args.threshold:g}: a confidence from 0 to 1")
     args.out = args.out or "matches.png"
     args.json = args.json or ("matches.jsonl" if args.pairs else None)
-    kinds = {"out": data.EXTENSIONS, "warp": data.EXTENSIONS, "json": {".json", ".jsonl", ".csv"}}
+    tables = {".json", ".jsonl"} if args.pairs else {".json", ".csv"}
+    kinds = {"out": data.EXTENSIONS, "warp": data.EXTENSIONS, "json": tables}
     given = [*args.pictures, *(args.saliency or []), args.pairs, args.checkpoint, args.weights]
     for name in kinds:
         place = Path(getattr(args, name) or "x" + min(kinds[name]))
@@ -351,11 +352,9 @@ def main(argv: list[str], load: Callable) -> None:
     with command():
         args = read_options(argv)
         matcher, methods = load(args)
-        if methods[-1] not in ("best", "best-pixel"):
-            raise ValueError(f"{args.checkpoint} was trained without a pixel stage")
         if args.checkpoint:
             print(f"pixel stage of {args.checkpoint}, by our reading")
         settings = {key: getattr(matcher.cfg, key) for key in ("backbone", "layer", "size")}
-        settings |= {"checkpoint": args.checkpoint, "dense": args.dense, "reading": methods[-1]}
-        settings |= {"count": args.count, "saliency": args.saliency}
+        settings |= {key: getattr(args, key) for key in ("checkpoint", "dense", "count", "saliency")}
+        settings |= {"reading": methods[-1], "weights": args.weights and Path(args.weights).name}
         (match_many if args.pairs else match_two)(args, matcher, methods[-1], settings)

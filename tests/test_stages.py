@@ -421,7 +421,8 @@ def test_the_best_frozen_reading_is_on_the_couples_own_axes_unless_there_are_oth
     assert not torch.allclose(found, best_reading(cosines, src, trg, smooth=True).volume, atol=0.01)
     trained = Cascade(config(axes=16))  # on axes of training images already
     src, trg = two_faces(trained)
-    torch.testing.assert_close(trained.volume(src, trg, "best"), best_reading(cosines, src, trg, smooth=True).volume)
+    expected = best_reading(cosines, src, trg, smooth=True).volume
+    torch.testing.assert_close(trained.volume(src, trg, "best"), expected)
 
 
 @pytest.mark.parametrize("stage, consensus, smooth", [("image", 3, True), ("pixel", 3, False),
