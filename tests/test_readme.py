@@ -27,7 +27,7 @@ def known_options() -> set[str]:
     from support.options import fields_with_groups
     from train import Config
 
-    options = {"--preset", "--resume", "--help"}
+    options = {"--preset", "--resume", "--help", "--no-dense"}
     for cls in (Config, LabelConfig, FinetuneConfig):
         for name, (group, _) in fields_with_groups(cls).items():
             if group != "no option":
