@@ -298,7 +298,7 @@ def load_methods(args: argparse.Namespace) -> tuple[Cascade | Dense, list[str]]:
             axes = f"{min(256, cascade.backbone.dim)} principal axes of the pair's own cells"
             best = f"facing and affine voting on {axes}"
             print(f"frozen {cfg.backbone}, {block}, {cfg.size} px, reading best ({best});"
-                  " --checkpoint FILE scores a trained one")
+                  " --checkpoint FILE reads a trained one")
     if args.dense and "region" in methods:
         raise ValueError("--dense: the region stage refines in whole cells; leave it out of --stage")
     return Dense(cascade) if args.dense else cascade, list(dict.fromkeys(methods))
@@ -317,8 +317,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = shared_options(__doc__)
     add = parser.add_argument
     add("--visualize", type=int, default=0, metavar="N", help="draw N worst, middle and best pairs a class")
-    add("--confidence", action="store_true", help="how sure matches of our reading are, against how many are"
-        " right: a table, and with --visualize a curve")
+    add("--confidence", action="store_true", help="confidence of our reading's matches against the share"
+        " that is right: a table, and with --visualize a curve")
     add("--out", default="matches", help="folder for --visualize: a sheet a class and the PCK curve")
     args = read_options(parser, argv)
     if args.visualize < 0:

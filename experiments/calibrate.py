@@ -40,19 +40,23 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="experiments.calibrate", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", help="what evaluate.py --confidence --json wrote")
-    found, right = [], []
+    found, right, dense = [], [], set()
     for path in parser.parse_args(argv).files:
         try:
             with open(path) as file:
-                tables = json.load(file)["confidence"].values()
+                tables = list(json.load(file)["confidence"].values())
             sets = [(torch.tensor(table["evidence"]), torch.tensor(table["right"])) for table in tables]
-            if not sets or any(not len(y) or x.shape != (len(y), 4) for x, y in sets):
-                raise ValueError
-            found, right = found + [x for x, _ in sets], right + [y for _, y in sets]
+            sound = bool(sets) and all(len(y) and x.shape == (len(y), 4) for x, y in sets)
+            dense |= {table["dense"] for table in tables}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{path} is not what evaluate.py --confidence --json writes") from None
+            sound = False
+        if not sound:
+            raise ValueError(f"{path} is not what evaluate.py --confidence --json writes")
+        found, right = found + [x for x, _ in sets], right + [y for _, y in sets]
+    if len(dense) > 1:
+        raise ValueError("some files were read densely and some by whole cells: they are fitted apart")
     weights, bias = fit(found, right)
-    print(f"({', '.join(f'{w:.3g}' for w in weights)}), {bias:.3g}")
+    print(f"{dense.pop()}: (({', '.join(f'{w:.3g}' for w in weights)}), {bias:.3g})")
     print(f"fitted on {sum(map(len, right))} points of {len(right)} sets")
 
 

@@ -15,22 +15,25 @@ from support.ours import FOREGROUND, Reading, match_score
 from support.pictures import draw_curve
 
 CLOSE = 0.08  # of the longer side of the source's grid: how far off a loop may end
-# Weights of the four and bias, read densely and by whole cells
-FITTED = {True: ((0.469, 1.12, 0.576, 2.81), -6.53), False: ((0.612, 0.797, 1.13, 4.78), -7.68)}
+FEW = 10  # points of a bin that a curve leaves out
+STANDS_OUT = 9.0  # standard deviations; above, as in a picture of one colour, they say nothing more
+# Weights of the four and bias, for images that were read densely (True) and by whole cells
+FITTED = {True: ((0.555, 1.13, 0.638, 2.81), -7.06), False: ((0.626, 0.786, 1.13, 4.73), -7.72)}
 
 
 def evidence(reading: Reading, mask_s: Tensor, mask_t: Tensor, points: Tensor, places: Tensor) -> Tensor:
     """What tells right matches from wrong ones. points (B, n, 2) in source cells, places (B, n, 2) in target
     cells, masks (B, H, W) bool; returns (B, n, 4):
 
-    by how many standard deviations of its row the reading stands out where it sends a point; how nearly the
+    by how many standard deviations of its row, up to STANDS_OUT, the reading stands out where it sends a
+    point; how nearly the
     loop s -> t -> s closes in the reading, and in the consensus of neighbours, which knows nothing of the
     couple's map (1: it ends where it began); the couple's match score.
     """
     rows = read_at(reading.volume.flatten(3).permute(0, 3, 1, 2), points)  # (B, n, Nt)
     maps = rows.unflatten(2, reading.volume.shape[3:]).flatten(0, 1)[:, None]  # (B * n, 1, Ht, Wt)
     height = read_at(maps, places.flatten(0, 1)[:, None])[..., 0].view(rows.shape[:2])
-    found = [(height - rows.mean(-1)) / rows.std(-1).clamp(min=1e-6)]
+    found = [((height - rows.mean(-1)) / rows.std(-1).clamp(min=1e-6)).clamp(max=STANDS_OUT)]
     for volume in (reading.volume, reading.near):
         off = (transfer_keypoints(volume.permute(0, 3, 4, 1, 2), places) - points).norm(dim=-1)
         found.append(torch.exp(-0.5 * (off / (CLOSE * max(volume.shape[1:3]))) ** 2))
@@ -39,7 +42,8 @@ def evidence(reading: Reading, mask_s: Tensor, mask_t: Tensor, points: Tensor, p
 
 
 def confidence(found: Tensor, dense: bool) -> Tensor:
-    """(..., 4) of `evidence` to the probability (...) that the match is right. dense: so were images read."""
+    """(..., 4) of `evidence` to the probability (...) that the match is right. dense: images were
+    read densely."""
     weights, bias = FITTED[dense]
     return torch.sigmoid(found @ found.new_tensor(weights) + bias)
 
@@ -65,12 +69,12 @@ def report(found: dict[str, Tensor], right: dict[str, Tensor], dense: bool, name
            folder: Path | None) -> dict:
     """Print how sure the matches of a data set are against how many are right, by method, and draw it into a
     folder, if there is one. found: `evidence` (n, 4); right (n,) bool. Returns both, for JSON."""
-    curves = {}
+    curves, tables = {}, {}
     for method, known in found.items():
-        table = calibration(confidence(known, dense), right[method])
+        table = tables[method] = calibration(confidence(known, dense), right[method])
         curves[method] = [100 * good / count if count else None for count, good in table]
         print(f"\nconfidence of {method} on {name}: right within 0.10 of the longer side of the target's box")
-        for k, (count, share) in enumerate(zip((count for count, _ in table), curves[method])):
+        for k, ((count, _), share) in enumerate(zip(table, curves[method])):
             print(f"  {k / 10:.1f} to {(k + 1) / 10:.1f} {count:7d} points"
                   + (f" {share:6.1f} % right" if count else ""))
         for low in (5, 8):
@@ -79,7 +83,10 @@ def report(found: dict[str, Tensor], right: dict[str, Tensor], dense: bool, name
             print(f"  over {low / 10:.1f}: {part}" + (f", {100 * good / count:.1f} % right" if count else ""))
     if folder:
         middles = tuple((k + 0.5) / 10 for k in range(10))
-        page = draw_curve(curves, middles, f"matches on {name}", "confidence", "% right", diagonal=True)
+        firm = {m: [share if count >= FEW else None for share, (count, _) in zip(curves[m], tables[m])]
+                for m in curves}  # of a few points a share says nothing
+        label = "% right within 0.10 of the box"
+        page = draw_curve(firm, middles, f"matches on {name}", "confidence", label, diagonal=True)
         write_whole(folder / "confidence.png", page)
-    return {method: {"evidence": known.tolist(), "right": right[method].tolist()}
+    return {method: {"dense": dense, "evidence": known.tolist(), "right": right[method].tolist()}
             for method, known in found.items()}

@@ -53,7 +53,8 @@ def parse_points(texts: list[str], size: tuple[int, int]) -> Tensor:
             lines = Path(where).read_text("utf-8-sig").replace(",", " ").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--points {where}: neither x,y nor a file that can be read ({error})") from None
-        texts = [",".join(line.split()) for line in lines if line.strip() and line.split() != ["x", "y"]]
+        rows = [line.lower().split() for line in lines if line.strip() and not line.startswith("#")]
+        texts = [",".join(row) for row in rows if row != ["x", "y"]]
     for text in texts:
         try:
             x, y = (float(part) for part in text.split(","))
@@ -69,7 +70,8 @@ def parse_points(texts: list[str], size: tuple[int, int]) -> Tensor:
 
 def read_options(argv: list[str]) -> argparse.Namespace:
     """The command line; ValueError, in one line, for what cannot be."""
-    parser = argparse.ArgumentParser(prog="pixel_stage.py", description=__doc__, allow_abbrev=False,
+    usage = "pixel_stage.py SOURCE TARGET [options]\n       pixel_stage.py --pairs FILE [options]"
+    parser = argparse.ArgumentParser("pixel_stage.py", usage, __doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("pictures", nargs="*", metavar="SOURCE TARGET", help="the two pictures, anywhere among the options")
@@ -109,14 +111,18 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     args.json = args.json or ("matches.jsonl" if args.pairs else None)
     tables = {".json", ".jsonl"} if args.pairs else {".json", ".csv"}
     kinds = {"out": data.EXTENSIONS, "warp": data.EXTENSIONS, "json": tables}
-    given = [*args.pictures, *(args.saliency or []), args.pairs, args.checkpoint, args.weights]
+    taken = {Path(p).resolve() for p in (*args.pictures, *(args.saliency or []), args.pairs, args.checkpoint,
+                                         args.weights) if p}
     for name in kinds:
-        place = Path(getattr(args, name) or "x" + min(kinds[name]))
+        if not getattr(args, name):
+            continue
+        place = Path(getattr(args, name))
         if place.suffix.lower() not in kinds[name] or place.is_dir() or not place.resolve().parent.is_dir():
-            raise ValueError(f"--{name} {place}: a file in an existing folder that ends in"
+            raise ValueError(f"--{name} {place}: must be a file, in an existing folder, that ends in"
                              f" {', '.join(sorted(kinds[name]))}")
-        if place.resolve() in {Path(p).resolve() for p in given if p}:
-            raise ValueError(f"--{name} {place}: would take the place of what is read")
+        if place.resolve() in taken:
+            raise ValueError(f"--{name} {place}: would take the place of another file of this command")
+        taken.add(place.resolve())
     args.stage = ["best-pixel"] if args.checkpoint else None
     args.dataset = args.baseline = None  # what evaluate.load_methods asks for besides
     return args
@@ -184,6 +190,7 @@ def find_matches(matcher, method: str, src: Side, trg: Side, points: Tensor | No
     """Where given points (n, 2) in source cells lie or, without any, the `count` surest matches of the object
     that keep their distance in both pictures."""
     reading = matcher.best(src.features, trg.features, method)
+    # what confidence was fitted with; the whole objects are only where matches are looked for
     masks = [side.features.saliency >= FOREGROUND for side in (src, trg)]
     (hs, ws), (ht, wt), given = src.features.grid, trg.features.grid, points is not None
     points = points if given else cell_grid(hs, ws, reading.away)[src.mask.flatten()]
@@ -224,9 +231,9 @@ def as_csv(found: dict) -> str:
     """The matches of a record as a table."""
     table = io.StringIO()
     ends = [f"{name}_{axis}" for name in ("source", "target", "source_cell", "target_cell") for axis in "xy"]
-    rows = [[*m["source"], *m["target"], *m["source_cell"], *m["target_cell"], m["confidence"],
-             found["mirrored"]] for m in found["matches"]]
-    csv.writer(table).writerows([[*ends, "confidence", "mirrored"], *rows])
+    rows = [[k, *m["source"], *m["target"], *m["source_cell"], *m["target_cell"], m["confidence"],
+             found["mirrored"]] for k, m in enumerate(found["matches"], 1)]
+    csv.writer(table, lineterminator="\n").writerows([["number", *ends, "confidence", "mirrored"], *rows])
     return table.getvalue()
 
 
@@ -263,18 +270,20 @@ def match_two(args: argparse.Namespace, matcher, method: str, settings: dict) ->
             print(f"{x:.1f},{y:.1f} -> {u:.1f},{v:.1f}  confidence {m['confidence']:.2f}")
     if result["mirrored"] > 0.5:
         print(f"{trg.path} faces the other way than {src.path} (probability {result['mirrored']:.2f})")
-    drawn = [m for m in result["matches"] if m["confidence"] >= args.threshold]
+    drawn = [m for m in result["matches"] if args.points or m["confidence"] >= args.threshold]
     ends = (torch.tensor([m[end] for m in drawn]).view(-1, 2) for end in ("source", "target"))
     write_whole(args.out, draw_matches(src.image, trg.image, *ends))
     below = len(result["matches"]) - len(drawn)
     left = f", {below} below {args.threshold:g} left out" if below else ""
-    print(f"{len(drawn)} matches drawn in {args.out}{left}")
+    sure = [m["confidence"] for m in drawn]
+    span = f", confidence {min(sure):.2f} to {max(sure):.2f}" if sure else ""
+    print(f"{len(drawn)} {'match' if len(drawn) == 1 else 'matches'} drawn in {args.out}{span}{left}")
     if args.warp:
         write_whole(args.warp, warp(src, trg, found.reading))
         print(f"{args.warp}: {trg.path} in the frame of {src.path}")
     if args.json:
         write_whole(args.json, as_csv(result) if args.json.endswith(".csv") else json.dumps(result, indent=1))
-        print(f"all {len(result['matches'])} matches, with their confidence, in {args.json}")
+        print(f"all of them, {len(result['matches'])}, in {args.json}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -282,14 +291,14 @@ def match_two(args: argparse.Namespace, matcher, method: str, settings: dict) ->
 
 
 def read_pairs(path: str) -> list[tuple[str, str]]:
-    """Two columns of names, relative to the file, with or without the header source,target; more columns are
-    left alone."""
+    """Two columns of names, relative to the file, with or without a header; more columns are left alone."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"cannot read --pairs {path}: {error}") from None
-    rows = rows[1:] if rows and rows[0][:2] == ["source", "target"] else rows
+    if rows and not any(Path(cell).suffix for cell in rows[0][:2]):
+        rows = rows[1:]  # a header
     if wrong := [row for row in rows if len(row) < 2 or not all(row[:2])]:
         raise ValueError(f"{path}: {','.join(wrong[0])!r} is not source,target")
     if not rows:
@@ -340,6 +349,8 @@ def match_many(args: argparse.Namespace, matcher, method: str, settings: dict) -
             found = find_matches(matcher, method, src, trg, None, args.count)
             file.write(json.dumps(record(src, trg, found, settings)) + "\n")
             file.flush()
+    if len(skipped) == len(left) and not done:
+        raise ValueError(f"none of {len(left)} pairs could be matched; the first: {skipped[0]}")
     before = f", {len(done)} of them before" if done else ""
     print(f"{len(done) + len(left) - len(skipped)} pairs in {args.json}{before}")
     if skipped:

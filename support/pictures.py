@@ -53,6 +53,8 @@ def picture_page(views: list[Image.Image], width: float = PAGE, gap: int = 8) ->
 
 
 def at_height(image: Image.Image, height: int) -> Image.Image:
+    """An image at a height, or at half a page's width where it is wider than that."""
+    height = max(1, min(height, round(PAGE / 2 * image.height / image.width)))
     return image.resize((max(1, round(image.width * height / image.height)), height))
 
 
@@ -174,12 +176,13 @@ def ranked_pairs(pred: list[Tensor], right: list[Tensor], keypoints: data.Keypoi
 def draw_curve(curves: dict[str, list[float | None]], xs: tuple[float, ...], title: str, x_label: str,
                y_label: str, diagonal: bool = False) -> Image.Image:
     """Curves in per cent, 0 to 100, over xs that ascend from 0 on; None and nan are gaps. The legend names
-    last values. diagonal: xs go up to 1, and perfect calibration, y = 100 x, is dotted."""
+    last values. diagonal: xs go up to 1, and perfect calibration, y = 100 x, is dotted instead."""
     left, top, width, height, limit = 64, 40, 480, 320, 1 if diagonal else max(xs)
     values = {name: [math.nan if v is None else v for v in some] for name, some in curves.items()}
     last = {name: [v for v in some if v == v][-1:] for name, some in values.items()}
     order = sorted(curves, key=lambda name: last[name], reverse=True)
-    legend = [f"{name}  {last[name][0]:.1f}" if last[name] else f"{name}  -" for name in order]
+    ends = {name: f"  {last[name][0]:.1f}" if last[name] else "  -" for name in order}
+    legend = [name if diagonal else name + ends[name] for name in order]
     legend += ["dotted: perfect calibration"] * diagonal
     across = left + max(width + 60 + max(words(line).width for line in legend), words(title, 15).width)
     page = Image.new("RGB", (FINE * across, FINE * max(top + height + 56, top + 20 * len(legend))), "white")
@@ -323,4 +326,5 @@ def draw_warp(src: Image.Image, trg: Image.Image, places: Tensor, mask: Tensor, 
     panels["target pulled into the source's frame"] = warped
     panels["half and half"] = warped.where(squares[..., None], torch.from_numpy(np.array(src)).float())
     views = [(words(c), at_height(Image.fromarray(p.round().byte().numpy()), 256)) for c, p in panels.items()]
-    return picture_page([picture_page(both, 0, gap=2) for both in views], math.inf)
+    tiles = [picture_page(both, 0, gap=2) for both in views]
+    return picture_page([picture_page(row, math.inf, gap=20) for row in (tiles[:2], tiles[2:])], 0)
