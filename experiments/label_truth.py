@@ -59,9 +59,9 @@ def read_images(root: str, split: str) -> tuple[list[Path], list[str], list[Anno
     return images, [image.parent.name for image in images], [Annotated(points[i], boxes[i]) for i in images]
 
 
-def judge(known: list[Annotated], clique, maps: Tensor, pair: dict) -> tuple[list[bool], bool]:
+def judge(known: list[Annotated], clique, maps: Tensor, pair: dict) -> tuple[list[bool], bool | None]:
     """Which common keypoints of a labelled pair its map moves to their partners, and whether the pair faces
-    alike by them."""
+    alike by them; None where they are less than three."""
     ends = [clique.index.index(pair[side]) for side in ("src", "trg")]
     src, trg = (known[pair[side]] for side in ("src", "trg"))
     names = sorted(src.points.keys() & trg.points.keys())
@@ -70,8 +70,8 @@ def judge(known: list[Annotated], clique, maps: Tensor, pair: dict) -> tuple[lis
     moved = read_at(maps[ends[0], ends[1]].permute(2, 0, 1)[None].cpu(), cells[None])[0]
     found = data.cells_to_pixels(moved, clique.sizes[ends[1]], clique.feats.grid)
     x0, y0, x1, y1 = trg.box
-    alike = len(names) < 3
-    if not alike:
+    alike = None
+    if len(names) >= 3:
         plain, mirrored = misfits(data.KeypointPair(0, 0, start, truth, "", src.box, trg.box))
         alike = plain <= mirrored
     return correct_points(found, truth, max(x1 - x0, y1 - y0), (0.1,))[:, 0].tolist(), alike

@@ -26,8 +26,9 @@ from support.confidence import confidence, evidence
 from support.dense import Dense
 from support.files import write_whole
 from support.ours import FOREGROUND, Reading, both_faces, cell_grid
-from support.pictures import draw_matches, draw_warp
-from support.run import command, progress
+from support.pictures import PAGE, draw_matches, draw_warp
+from support.run import command, progress, stop_signals
+from support.shards import digest
 
 HELD = 200  # pictures whose features are kept at a time by --pairs: 1.3 GB at 224 px with ViT-S/14
 SPACING = 1 / 16  # of the longer side of the source's grid: how near two drawn matches may be
@@ -272,7 +273,9 @@ def match_two(args: argparse.Namespace, matcher, method: str, settings: dict) ->
         print(f"{trg.path} faces the other way than {src.path} (probability {result['mirrored']:.2f})")
     drawn = [m for m in result["matches"] if args.points or m["confidence"] >= args.threshold]
     ends = (torch.tensor([m[end] for m in drawn]).view(-1, 2) for end in ("source", "target"))
-    write_whole(args.out, draw_matches(src.image, trg.image, *ends))
+    widest = max(side.image.width / side.image.height for side in (src, trg))
+    height = max(1, min(360, round(PAGE / 2 / widest)))  # panoramas are shown smaller
+    write_whole(args.out, draw_matches(src.image, trg.image, *ends, height=height))
     below = len(result["matches"]) - len(drawn)
     left = f", {below} below {args.threshold:g} left out" if below else ""
     sure = [m["confidence"] for m in drawn]
@@ -339,7 +342,7 @@ def match_many(args: argparse.Namespace, matcher, method: str, settings: dict) -
             sides.popitem(last=False)
         return sides[name]
 
-    with open(args.json, "a") as file:
+    with open(args.json, "a") as file, stop_signals() as stop:
         for names in progress(left, desc="pairs"):
             try:
                 src, trg = map(side, names)
@@ -349,6 +352,9 @@ def match_many(args: argparse.Namespace, matcher, method: str, settings: dict) -
             found = find_matches(matcher, method, src, trg, None, args.count)
             file.write(json.dumps(record(src, trg, found, settings)) + "\n")
             file.flush()
+            if stop:
+                print("stopped; the same command goes on", file=sys.stderr)
+                sys.exit(128 + stop[0])
     if len(skipped) == len(left) and not done:
         raise ValueError(f"none of {len(left)} pairs could be matched; the first: {skipped[0]}")
     before = f", {len(done)} of them before" if done else ""
@@ -368,4 +374,5 @@ def main(argv: list[str], load: Callable) -> None:
         settings = {key: getattr(matcher.cfg, key) for key in ("backbone", "layer", "size")}
         settings |= {key: getattr(args, key) for key in ("checkpoint", "dense", "count", "saliency")}
         settings |= {"reading": methods[-1], "weights": args.weights and Path(args.weights).name}
+        settings["stage"] = args.checkpoint and digest(Path(args.checkpoint).read_bytes())
         (match_many if args.pairs else match_two)(args, matcher, methods[-1], settings)

@@ -53,8 +53,6 @@ def picture_page(views: list[Image.Image], width: float = PAGE, gap: int = 8) ->
 
 
 def at_height(image: Image.Image, height: int) -> Image.Image:
-    """An image at a height, or at half a page's width where it is wider than that."""
-    height = max(1, min(height, round(PAGE / 2 * image.height / image.width)))
     return image.resize((max(1, round(image.width * height / image.height)), height))
 
 

@@ -188,14 +188,15 @@ confidence of best-pixel on a set: right within 0.10 of the longer side of the t
   0.9 to 1.0       0 points
   over 0.5: 0 % of 3 points
   over 0.8: 0 % of 3 points""".splitlines()
-    assert told["best"] == {"evidence": found.tolist(), "right": right.tolist()}
+    assert told["best"] == {"dense": True, "evidence": found.tolist(), "right": right.tolist()}
     assert len(told["best-pixel"]["right"]) == 3 and json.dumps(told)
     (((curves, middles, *_), more),) = drawn
-    assert curves["best"] == [25.0, None, None, None, None, 60.0, None, None, 80.0, 100.0]
+    assert curves["best"] == [None] * 5 + [60.0] + [None] * 4  # of less than ten points nothing is drawn
     assert middles == pytest.approx([0.05 + k / 10 for k in range(10)]) and more == {"diagonal": True}
     assert [path.name for path in tmp_path.iterdir()] == ["confidence.png"]
     with Image.open(tmp_path / "confidence.png") as page:
-        assert page.size == draw(curves, middles, "matches on a set", "confidence", "% right", True).size
+        assert page.size == draw(curves, middles, "matches on a set", "confidence",
+                                 "% right within 0.10 of the box", True).size
     report(given, {"best": right, "best-pixel": right[:3]}, True, "a set", None)
     assert len(drawn) == 1
 
@@ -242,9 +243,10 @@ def test_the_fit_is_where_the_likelihood_is_highest_and_weighs_sets_alike():
     assert likelihood(weights, bias + 0.1) < best > likelihood(weights, bias - 0.1)
 
 
-def written(path, *sets: tuple[Tensor, Tensor]) -> str:
+def written(path, *sets: tuple[Tensor, Tensor], dense: bool = True) -> str:
     """A file as evaluate.py --confidence --json writes it, a method a set."""
-    tables = {f"best{k}": {"evidence": x.tolist(), "right": y.tolist()} for k, (x, y) in enumerate(sets)}
+    tables = {f"best{k}": {"dense": dense, "evidence": x.tolist(), "right": y.tolist()}
+              for k, (x, y) in enumerate(sets)}
     path.write_text(json.dumps({"dataset": "some", "confidence": tables}))
     return str(path)
 
@@ -254,10 +256,18 @@ def test_calibrate_prints_the_weights_of_all_sets_of_all_files(capsys, tmp_path)
     calibrate.main([written(tmp_path / "a.json", *sets[:2]), written(tmp_path / "b.json", sets[2])])
     first, second = capsys.readouterr().out.splitlines()
     weights, bias = calibrate.fit(*zip(*sets))
+    assert first.startswith("True: ((")
+    first = first.removeprefix("True: (").removesuffix(")")
     numbers = [float(part) for part in first.replace("(", "").replace(")", "").split(", ")]
     assert numbers == pytest.approx([*weights.tolist(), float(bias)], rel=0.006)
     assert first.count("(") == 1 and first.index(")") < first.rindex(", ")
     assert second == "fitted on 430 points of 3 sets"
+
+
+def test_calibrate_keeps_dense_and_whole_reading_apart(monkeypatch, tmp_path):
+    files = [written(tmp_path / f"{dense}.json", observed(30), dense=dense) for dense in (True, False)]
+    with pytest.raises(ValueError, match="some files were read densely and some by whole cells"):
+        calibrate.main(files)
 
 
 @pytest.mark.parametrize("text", [

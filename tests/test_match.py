@@ -187,12 +187,12 @@ def test_pictures_whose_ending_is_no_training_sets_stand_behind_points_too(pictu
 def test_the_frozen_backbone_matches_two_pictures_and_says_so(pictures, tmp_path):
     """Through the shell: pictures last, no checkpoint, what is drawn and said."""
     out = run("--points", "40,52", "118.5,60", pictures / "0.png", pictures / "1.png", *FROZEN, "--out",
-              tmp_path / "m.png", "--threshold", 0)
+              tmp_path / "m.png", "--threshold", 1)  # points that were asked for are drawn all the same
     assert (out.returncode, out.stderr) == (0, "")
     lines = out.stdout.splitlines()
     assert lines[0].startswith("frozen random_vit8, ") and "pixel stage" not in out.stdout
     assert [pair[:2] for pair in LINE.findall(out.stdout)] == [("40.0", "52.0"), ("118.5", "60.0")]
-    assert lines[-1] == f"2 matches drawn in {tmp_path / 'm.png'}"
+    assert lines[-1].startswith(f"2 matches drawn in {tmp_path / 'm.png'}, confidence 0.")
     with Image.open(tmp_path / "m.png") as page:
         assert page.size == (round(150 * 3.6) + 4 + round(120 * 3.6), 360)
     assert [path.name for path in tmp_path.iterdir()] == ["m.png"]
@@ -286,8 +286,9 @@ def test_a_record_holds_every_match_in_pixels_and_cells_with_its_confidence(pict
             assert x == pytest.approx((u + 0.5) * w / 16 - 0.5, abs=0.06)  # both are rounded to 0.01
             assert y == pytest.approx((v + 0.5) * h / 16 - 0.5, abs=0.06)
     drawn = sum(c >= 0.6 for c in sure)
-    assert f"\n{drawn} matches drawn in matches.png, {40 - drawn} below 0.6 left out\n" in said
-    assert "40 matches" in said.splitlines()[-1] and "m.json" in said.splitlines()[-1]
+    span = f"confidence {sure[drawn - 1]:.2f} to {sure[0]:.2f}"
+    assert f"\n{drawn} matches drawn in matches.png, {span}, {40 - drawn} below 0.6 left out\n" in said
+    assert said.splitlines()[-1] == "all of them, 40, in m.json"
 
 
 def test_a_table_holds_the_numbers_of_the_record(pictures):
@@ -300,16 +301,17 @@ def test_a_table_holds_the_numbers_of_the_record(pictures):
     for row, m in zip(rows, record["matches"]):
         expected = {f"{end}_{axis}": m[end][k] for end in ("source", "target", "source_cell", "target_cell")
                     for k, axis in enumerate("xy")}
-        expected |= {"confidence": m["confidence"], "mirrored": record["mirrored"]}
+        expected |= {"number": 1 + record["matches"].index(m), "confidence": m["confidence"]}
+        expected |= {"mirrored": record["mirrored"]}
         assert {name: float(value) for name, value in row.items()} == expected
 
 
 def test_a_threshold_leaves_matches_out_of_the_picture_alone(pictures, monkeypatch):
     drawn, draw = [], support.match.draw_matches
 
-    def spy(src, trg, starts, ends):
+    def spy(src, trg, starts, ends, height):
         drawn.append((starts, ends))
-        return draw(src, trg, starts, ends)
+        return draw(src, trg, starts, ends, height)
 
     monkeypatch.setattr(support.match, "draw_matches", spy)
     for threshold in (0, 0.5, 1):
@@ -459,8 +461,8 @@ def test_the_warp_of_a_picture_to_itself_is_the_picture(pictures):
     said = matched(pictures / "0.png", pictures / "0.png", "--warp", "w.png")
     assert "w.png: " in said.splitlines()[-1]
     with Image.open("w.png") as page, Image.open(pictures / "0.png") as picture:
-        assert page.size == (4 * 384 + 3 * 8, 18 + 2 + 256)
-        warped = np.asarray(page.crop((2 * 392, 20, 2 * 392 + 384, 276)), float)[24:-24, 36:-36]
+        assert page.size == (2 * 384 + 20, 2 * (18 + 2 + 256) + 8)
+        warped = np.asarray(page.crop((0, 304, 384, 560)), float)[24:-24, 36:-36]
         own = np.asarray(picture.convert("RGB").resize((384, 256)), float)
     off = abs(warped - own[24:-24, 36:-36]).mean()
     moved = abs(warped - own[24:-24, 12:-60]).mean()  # one cell to the left
@@ -607,13 +609,13 @@ BAD = [
     ("0.png 1.png --saliency high.png high.png", "high.png of 90x120 px does not fit image"),
     ("0.png 1.png --saliency gone.png top.png", "no such image: "),
     ("0.png 0.png --saliency dot.png left.png", "dot.png"),  # too small for any cell
-    ("0.png 1.png --out gone/m.png", "--out gone/m.png: a file in an existing folder"),
-    ("0.png 1.png --out m.txt", "--out m.txt: a file in an existing folder that ends in "),
-    ("0.png 1.png --out .", "--out .: a file in an existing folder"),
-    ("0.png 1.png --warp gone/m.png", "--warp gone/m.png: a file in an existing folder"),
-    ("0.png 1.png --warp w.csv", "--warp w.csv: a file in an existing folder that ends in "),
-    ("0.png 1.png --json gone/m.csv", "--json gone/m.csv: a file in an existing folder"),
-    ("0.png 1.png --json m.png", "--json m.png: a file in an existing folder that ends in "),
+    ("0.png 1.png --out gone/m.png", "--out gone/m.png: must be a file, in an existing folder"),
+    ("0.png 1.png --out m.txt", "--out m.txt: must be a file, in an existing folder, that ends in "),
+    ("0.png 1.png --out .", "--out .: must be a file, in an existing folder"),
+    ("0.png 1.png --warp gone/m.png", "--warp gone/m.png: must be a file, in an existing folder"),
+    ("0.png 1.png --warp w.csv", "--warp w.csv: must be a file, in an existing folder, that ends in "),
+    ("0.png 1.png --json gone/m.csv", "--json gone/m.csv: must be a file, in an existing folder"),
+    ("0.png 1.png --json m.png", "--json m.png: must be a file, in an existing folder, that ends in "),
     ("0.png 1.png --threshold 2", "--threshold 2: a confidence from 0 to 1"),
     ("0.png 1.png --threshold nan", "--threshold nan: a confidence from 0 to 1"),
     ("0.png 1.png --count 0", "--count 0: at least 1"),

@@ -466,13 +466,13 @@ def panels(page: Image.Image, *widths: int) -> list[np.ndarray]:
     """The four pictures of draw_warp, 256 px high, below their captions, 20 px."""
     captions = ("source coloured by place", "target, coloured by where it matches",
                 "target pulled into the source's frame", "half and half")
-    rooms = [max(words(text).width, width) + 8 for text, width in zip(captions, widths)]
-    lefts = [sum(rooms[:k]) for k in range(4)]
-    assert page.size == (sum(rooms) - 8, 20 + 256)
-    for text, x in zip(captions, lefts):
+    rooms = [max(words(text).width, width) for text, width in zip(captions, widths)]
+    corners = [(0, 0), (rooms[0] + 20, 0), (0, 284), (rooms[2] + 20, 284)]  # two rows of two
+    assert page.size == (max(rooms[0] + rooms[1], rooms[2] + rooms[3]) + 20, 2 * 276 + 8)
+    for text, (x, y) in zip(captions, corners):
         expected = words(text)
-        assert np.array_equal(np.array(page.crop((x, 0, x + expected.width, 18))), np.array(expected))
-    return [np.array(page.crop((x, 20, x + w, 276)), float) for x, w in zip(lefts, widths)]
+        assert np.array_equal(np.array(page.crop((x, y, x + expected.width, y + 18))), np.array(expected))
+    return [np.array(page.crop((x, y + 20, x + w, y + 276)), float) for (x, y), w in zip(corners, widths)]
 
 
 def test_a_shifted_target_is_pulled_back_onto_the_source():
