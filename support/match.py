@@ -178,6 +178,8 @@ def open_side(matcher, path: str, saliency: str | None = None) -> Side:
     image, place = data.open_with_map(path, saliency, matcher.cfg.saliency_rescale)
     if min(image.size) < SMALLEST:
         raise ValueError(f"{path} of {image.width}x{image.height} px: at least {SMALLEST} px a side")
+    if all(low == high for low, high in image.getextrema()):
+        raise ValueError(f"{path} is of one colour: there is nothing to match in it")
     view, cells = data.prepare(image, place, matcher.cfg.size, matcher.backbone.patch)
     features = both_faces(matcher, view[None], None if cells is None else cells[None])
     mask = features.saliency[0] >= FOREGROUND

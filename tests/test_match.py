@@ -94,6 +94,7 @@ def pictures(tmp_path_factory) -> Path:
     dot.save(folder / "dot.png")
     Image.new("L", (90, 120), 77).save(folder / "high.png")
     Image.new("RGB", (1, 1)).save(folder / "pixel.png")
+    Image.new("RGB", (50, 40), "white").save(folder / "white.png")
     Image.new("1", (20000, 20000)).save(folder / "huge.png")
     (folder / "corrupt.png").write_bytes((folder / "0.png").read_bytes()[:900])
     (folder / "empty.txt").write_text("x,y\n\n")
@@ -605,6 +606,7 @@ BAD = [
     ("0.png 1.png --points 40,52 40;52", "--points '40;52': write a point as x,y"),
     ("0.png 1.png --points empty.txt", "empty.txt: no points in it"),
     ("0.png 1.png --points gone.txt", "gone.txt: neither x,y nor a file that can be read"),
+    ("0.png white.png", "white.png is of one colour"),
     ("0.png 1.png --points list.csv", "list.csv 'source,target': write a point as x,y"),
     ("0.png 1.png --saliency high.png high.png", "high.png of 90x120 px does not fit image"),
     ("0.png 1.png --saliency gone.png top.png", "no such image: "),
