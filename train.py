@@ -520,7 +520,7 @@ def parse_config(argv: list[str] | None, only: str | None = None,
     shown = Config(**base)
 
     parser = argparse.ArgumentParser(
-        prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog, "%(prog)s [options]", description, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, argument_default=argparse.SUPPRESS)
     presets = ("quick: on shapes the default; photos: class folders on a CPU; paper: section 4.1; literal:"
                " Eq. (1) and section 4.1 to the letter. Values below are those of the preset that would run")

@@ -26,9 +26,8 @@ def evidence(reading: Reading, mask_s: Tensor, mask_t: Tensor, points: Tensor, p
     cells, masks (B, H, W) bool; returns (B, n, 4):
 
     by how many standard deviations of its row, up to STANDS_OUT, the reading stands out where it sends a
-    point; how nearly the
-    loop s -> t -> s closes in the reading, and in the consensus of neighbours, which knows nothing of the
-    couple's map (1: it ends where it began); the couple's match score.
+    point; how nearly the loop s -> t -> s closes in the reading, and in the consensus of neighbours, which
+    knows nothing of the couple's map (1: it ends where it began); the couple's match score.
     """
     rows = read_at(reading.volume.flatten(3).permute(0, 3, 1, 2), points)  # (B, n, Nt)
     maps = rows.unflatten(2, reading.volume.shape[3:]).flatten(0, 1)[:, None]  # (B * n, 1, Ht, Wt)
@@ -42,8 +41,8 @@ def evidence(reading: Reading, mask_s: Tensor, mask_t: Tensor, points: Tensor, p
 
 
 def confidence(found: Tensor, dense: bool) -> Tensor:
-    """(..., 4) of `evidence` to the probability (...) that the match is right. dense: images were
-    read densely."""
+    """(..., 4) of `evidence` to the probability (...) that the match is right. dense: whether
+    images were read so."""
     weights, bias = FITTED[dense]
     return torch.sigmoid(found @ found.new_tensor(weights) + bias)
 
