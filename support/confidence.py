@@ -16,9 +16,9 @@ from support.pictures import draw_curve
 
 CLOSE = 0.08  # of the longer side of the source's grid: how far off a loop may end
 FEW = 10  # points of a bin that a curve leaves out
-STANDS_OUT = 9.0  # standard deviations; above, as in a picture of one colour, they say nothing more
+STANDS_OUT = 12.0  # standard deviations; above, as in a picture of one colour, they say nothing more
 # Weights of the four and bias, for images that were read densely (True) and by whole cells
-FITTED = {True: ((0.555, 1.13, 0.638, 2.81), -7.06), False: ((0.626, 0.786, 1.13, 4.73), -7.72)}
+FITTED = {True: ((0.474, 1.12, 0.579, 2.81), -6.56), False: ((0.612, 0.797, 1.13, 4.78), -7.69)}
 
 
 def evidence(reading: Reading, mask_s: Tensor, mask_t: Tensor, points: Tensor, places: Tensor) -> Tensor:
