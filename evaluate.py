@@ -341,12 +341,13 @@ def main(argv: list[str] | None = None) -> None:
         dist.destroy_process_group()
     if processes()[0]:
         return
-    known = {m: torch.cat(rows)[:, 2:] for m, rows in found.items()}  # without --confidence nothing
-    found = {m: [row[:, :2] for row in rows] for m, rows in found.items()}
+    if args.confidence:
+        known = {m: torch.cat(rows)[:, 2:] for m, rows in found.items()}
+        found = {m: [row[:, :2] for row in rows] for m, rows in found.items()}
     scores = {m: score(pred, keypoints, args.alphas, args.rule) for m, pred in found.items()}
     for method, table in scores.items():
         print_scores(table, method, keypoints, args.alphas, matcher.cfg.size)
-    right, more = right_at_ten(found, keypoints), {}
+    right, more = right_at_ten(found, keypoints) if args.confidence or args.visualize else {}, {}
     if args.confidence:
         judged = {m: torch.cat(right[m]) for m in methods}
         place = folder if args.visualize else None

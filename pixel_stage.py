@@ -35,7 +35,7 @@ def soft_target(points: Tensor, height: int, width: int) -> Tensor:
 
 
 class PixelStage(nn.Module):
-    """MVAM over whole images, cross-entropy on selected pairs, the generator's pairs. cfg: train.Config."""
+    """MVAM over whole images, cross-entropy on selected pairs. cfg: train.Config."""
 
     def __init__(self, dim: int, cfg) -> None:
         super().__init__()

@@ -69,17 +69,11 @@ def judge(known: list[Annotated], clique, maps: Tensor, pair: dict) -> tuple[lis
     cells = data.pixels_to_cells(start, clique.sizes[ends[0]], clique.feats.grid)
     moved = read_at(maps[ends[0], ends[1]].permute(2, 0, 1)[None].cpu(), cells[None])[0]
     found = data.cells_to_pixels(moved, clique.sizes[ends[1]], clique.feats.grid)
-    x0, y0, x1, y1 = trg.box
-    alike = None
+    couple, alike = data.KeypointPair(*ends, start, truth, "", src.box, trg.box), None
     if len(names) >= 3:
-        plain, mirrored = misfits(data.KeypointPair(0, 0, start, truth, "", src.box, trg.box))
+        plain, mirrored = misfits(couple)
         alike = plain <= mirrored
-    return correct_points(found, truth, max(x1 - x0, y1 - y0), (0.1,))[:, 0].tolist(), alike
-
-
-def print_row(name: str, right: list[bool], pairs: int) -> None:
-    share = f"{100 * sum(right) / len(right):5.1f} %" if right else "    -"
-    print(f"{name:40s} {share} of {len(right):5d} keypoints in {pairs} pairs")
+    return correct_points(found, truth, couple.extent, (0.1,))[:, 0].tolist(), alike
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -101,13 +95,14 @@ def main(argv: list[str] | None = None) -> None:
     images = data.ImageSet(paths, [names.index(c) for c in classes], names, maps)
     mode = {"saliency": "none" if maps else "attention"}
     cascade = load_cascade(args.checkpoint, args.weights, find_device(args.device), **mode)
-    rows, members = [], dict(enumerate(images.members()))
+    members = dict(enumerate(images.members()))
     with tempfile.TemporaryDirectory() as out:
         cfg = LabelConfig(checkpoint=args.checkpoint, dataset="folder", saliency=args.saliency, out=out,
                           size=cascade.cfg.size, keep=args.keep, facing=args.facing)
         singles = Singles(members, {}, {})
         measured = measure_loops(cfg, cascade, images, singles, settings_of(cfg, images, singles))
     kept = select_images(measured.errors, images.labels, cfg.keep)
+    rows = []  # (kind, loop error, which keypoints are right, whether the pair faces alike)
     for k, some in members.items():
         rest = [i for i in some if i in measured.errors and i not in kept[k]]
         for kind, chosen in (("kept", kept[k]), ("dropped", rest)):
@@ -121,14 +116,15 @@ def main(argv: list[str] | None = None) -> None:
                 most = cfg.pairs * len(clique.index)
                 rows += [(kind, pair["score"], *judge(known, clique, moves, pair)) for pair in found[:most]]
     print(f"{len(paths)} images of {len(names)} classes, {sum(map(len, kept.values()))} kept")
-    some = {kind: [row for row in rows if row[0] == kind] for kind in ("kept", "dropped")}
-    some |= {f"kept, facing {name}": [row for row in some["kept"] if row[3] == alike]
-             for name, alike in (("alike", True), ("opposite ways", False))}
-    ranked = sorted(rows, key=lambda row: row[1])
-    some |= {f"all, quarter {q + 1} by loop error": ranked[q * len(ranked) // 4 : (q + 1) * len(ranked) // 4]
-             for q in range(4)}
-    for name, chosen in some.items():
-        print_row(name, [good for row in chosen for good in row[2]], len(chosen))
+    tables = {kind: [row for row in rows if row[0] == kind] for kind in ("kept", "dropped")}
+    tables |= {f"kept, facing {name}": [row for row in tables["kept"] if row[3] == alike]
+               for name, alike in (("alike", True), ("opposite ways", False))}
+    ranked, edges = sorted(rows, key=lambda row: row[1]), [q * len(rows) // 4 for q in range(5)]
+    tables |= {f"all, quarter {q + 1} by loop error": ranked[edges[q] : edges[q + 1]] for q in range(4)}
+    for name, chosen in tables.items():
+        right = [good for row in chosen for good in row[2]]
+        share = f"{100 * sum(right) / len(right):5.1f} %" if right else "    -"
+        print(f"{name:40s} {share} of {len(right):5d} keypoints in {len(chosen)} pairs")
 
 
 if __name__ == "__main__":

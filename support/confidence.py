@@ -48,13 +48,18 @@ def confidence(found: Tensor, dense: bool) -> Tensor:
 
 
 @torch.no_grad()
-def transfer_with_evidence(matcher, src, trg, points: Tensor, method: str) -> Tensor:
-    """Points (B, n, 2) in source cells to (B, n, 6): their places in target cells, then `evidence`. matcher:
-    a cascade, whole or dense; method: a reading that `best` of it knows."""
+def read_points(matcher, src, trg, points: Tensor, method: str) -> tuple[Reading, Tensor, Tensor]:
+    """The reading of a couple, the places (B, n, 2) in target cells of points (B, n, 2) in source cells, and
+    their `evidence`. matcher: a cascade, whole or dense; method: a reading that `best` of it knows."""
     reading = matcher.best(src, trg, method)
     places = transfer_keypoints(reading.volume, points)
     masks = (side.saliency >= FOREGROUND for side in (src, trg))
-    return torch.cat([places, evidence(reading, *masks, points, places)], -1)
+    return reading, places, evidence(reading, *masks, points, places)
+
+
+def transfer_with_evidence(*couple) -> Tensor:
+    """`read_points` without the reading: (B, n, 6), places and evidence side by side."""
+    return torch.cat(read_points(*couple)[1:], -1)
 
 
 def calibration(sure: Tensor, right: Tensor) -> list[tuple[int, int]]:

@@ -22,11 +22,11 @@ from torch import Tensor
 
 import data
 from modules import Features, Pairs, gaussian_smooth, pair_nms, transfer_keypoints
-from support.confidence import confidence, evidence
+from support.confidence import confidence, read_points
 from support.dense import Dense
 from support.files import write_whole
 from support.ours import FOREGROUND, Reading, both_faces, cell_grid
-from support.pictures import PAGE, draw_matches, draw_warp
+from support.pictures import PAGE, at_height, draw_matches, draw_warp
 from support.run import command, progress, stop_signals
 from support.shards import digest
 
@@ -35,13 +35,17 @@ SPACING = 1 / 16  # of the longer side of the source's grid: how near two drawn 
 SMALLEST = 16  # px a side
 
 
+def is_picture(name: str) -> bool:
+    """Whether a name ends as a picture's does, one that cannot be read among them."""
+    return Path(name).suffix.lower() in {*data.EXTENSIONS, *data.UNREAD}
+
+
 def wants_pictures(argv: list[str]) -> bool:
     """Whether a command line of pixel_stage.py is about matching pictures, and not about training: one stands
     first or anywhere among the options, or --pairs names a file, not a number."""
     after = dict(zip(argv, [*argv[1:], ""])) | dict(a.split("=", 1) for a in argv if a.startswith("--pairs="))
-    pictures = any(Path(a).suffix.lower() in {*data.EXTENSIONS, *data.UNREAD} for a in argv)
     first = bool(argv) and not argv[0].startswith("-")
-    return pictures or first or not after.get("--pairs", "0").isdigit()
+    return any(map(is_picture, argv)) or first or not after.get("--pairs", "0").isdigit()
 
 
 def parse_points(texts: list[str], size: tuple[int, int]) -> Tensor:
@@ -94,7 +98,7 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     add("--json", metavar="FILE", help="also: matches with confidence and cells; a table if it ends in .csv")
     add("--device", default="auto", help="auto, cpu, cuda")
     args = parser.parse_intermixed_args(argv)
-    spare = [a for a in args.points or [] if Path(a).suffix.lower() in {*data.EXTENSIONS, *data.UNREAD}]
+    spare = [a for a in args.points or [] if is_picture(a)]
     args.points = [a for a in args.points or [] if a not in spare] or None
     args.pictures = sorted(args.pictures + spare, key=argv.index)
     if len(args.pictures) != (0 if args.pairs else 2):
@@ -192,14 +196,10 @@ def open_side(matcher, path: str, saliency: str | None = None) -> Side:
 def find_matches(matcher, method: str, src: Side, trg: Side, points: Tensor | None, count: int) -> Matches:
     """Where given points (n, 2) in source cells lie or, without any, the `count` surest matches of the object
     that keep their distance in both pictures."""
-    reading = matcher.best(src.features, trg.features, method)
-    # what confidence was fitted with; the whole objects are only where matches are looked for
-    masks = [side.features.saliency >= FOREGROUND for side in (src, trg)]
     (hs, ws), (ht, wt), given = src.features.grid, trg.features.grid, points is not None
-    points = points if given else cell_grid(hs, ws, reading.away)[src.mask.flatten()]
-    places = transfer_keypoints(reading.volume, points[None])
-    known = evidence(reading, *masks, points[None], places)[0]
-    sure = confidence(known, isinstance(matcher, Dense))
+    points = points if given else cell_grid(hs, ws, src.features.feat)[src.mask.flatten()]
+    reading, places, known = read_points(matcher, src.features, trg.features, points[None], method)
+    sure = confidence(known[0], isinstance(matcher, Dense))
     if not given:
         order, (x, y) = sure.argsort(descending=True), places[0].round().long().unbind(-1)
         landed = y.clamp(0, ht - 1) * wt + x.clamp(0, wt - 1)
@@ -242,12 +242,9 @@ def as_csv(found: dict) -> str:
 
 def warp(src: Side, trg: Side, reading: Reading, height: int = 384) -> Image.Image:
     """The target pulled into the source's frame over its foreground, and colours by place, in one picture."""
-    sides, sizes = (src, trg), []
-    for side in sides:
-        scale = height / side.image.height
-        sizes.append((max(1, round(side.image.width * scale)), height))
-    images = [side.image.resize(size) for side, size in zip(sides, sizes)]
-    maps = []
+    sides, maps = (src, trg), []
+    images = [at_height(side.image, height) for side in sides]
+    sizes = [image.size for image in images]
     for one, other, volume in ((0, 1, reading.volume), (1, 0, reading.volume.permute(0, 3, 4, 1, 2))):
         grid, size = sides[one].features.grid, sizes[one][::-1]
         places = transfer_keypoints(volume, cell_grid(*grid, volume)[None])[0]

@@ -240,7 +240,7 @@ def test_a_point_goes_where_the_volume_sends_it_with_its_confidence(pictures, de
     cells = [((x + 0.5) * side / 150 - 0.5, (y + 0.5) * side / 100 - 0.5) for x, y in points]
     places = transfer_keypoints(reading.volume, torch.tensor([cells]))
     everything = torch.ones(1, side, side, dtype=torch.bool)
-    known = support.match.evidence(reading, everything, everything, torch.tensor([cells]), places)
+    known = support.confidence.evidence(reading, everything, everything, torch.tensor([cells]), places)
     weights, bias = support.confidence.FITTED[dense == "--dense"]
     for (x, y), (u, v), row, line in zip(points, places[0].tolist(), known[0].tolist(), found):
         sure = 1 / (1 + math.exp(-bias - sum(w * e for w, e in zip(weights, row))))
