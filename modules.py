@@ -174,12 +174,15 @@ class WindowAttention4D(nn.Module):
         y = F.pad(self.norm1(x), [0, 0, *pad]).roll([-s for s in shift], (1, 2, 3, 4))
         qkv = self.qkv(window_partition(y, window)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # (B, windows, heads, N, d)
-        bias = self.relative_bias(window)[None]  # (1, heads, N, N), broadcast over windows and batch
+        bias, first = self.relative_bias(window)[None], 0  # (1, heads, N, N), of every window
         if sides != padded or any(shift):
             seen = self.attention_mask(sides, padded, window, shift)
-            bias = bias.masked_fill(~seen[:, None], float("-inf"))  # (windows, heads, N, N)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].to(q.dtype))
-        y = window_merge(self.proj(y.transpose(2, 3).flatten(3)), window, padded)
+            bias, first = bias.masked_fill(~seen[:, None], float("-inf")).flatten(0, 1)[None], 1
+        # Fused attention takes four dimensions: windows join the batch or, where each has a mask, the heads.
+        q, k, v = (z.flatten(first, first + 1) for z in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        y = y.view(len(x), -1, self.heads, *y.shape[-2:]).transpose(2, 3).flatten(3)
+        y = window_merge(self.proj(y), window, padded)
         y = y.roll(shift, (1, 2, 3, 4))[:, : sides[0], : sides[1], : sides[2], : sides[3]]
         x = x + y
         return x + self.mlp(self.norm2(x))
@@ -381,36 +384,41 @@ def greedy_selection(score: Tensor, mask_s: Tensor | None = None, mask_t: Tensor
     The literal loop (tests/literal.py) is N argmaxes over the volume. Here every round takes all pairs that
     are the best of their row and of their column at once: under the order (score, then lowest flat index)
     such a pair stays the best of both until the loop reaches it, so the set, and after sorting the order, are
-    exactly the loop's.
+    exactly the loop's. Rounds of all B couples go together, on what is left of their tables, and wait for the
+    GPU once.
 
     score (B, Hs, Ws, Ht, Wt), finite; masks (B, H, W) bool: the foreground. Returns min(Ns, Nt) entries,
     best first.
     """
-    score = score.flatten(3).flatten(1, 2)  # (B, Ns, Nt)
+    score, gone = score.flatten(3).flatten(1, 2).float(), float("-inf")  # (B, Ns, Nt)
     (batch, ns, nt), device = score.shape, score.device
-    none = torch.zeros(batch, min(ns, nt), dtype=torch.long, device=device)
-    pairs = Pairs(none, none.clone(), none.to(score), none.bool())
-    for b in range(batch):
-        rows = torch.arange(ns, device=device) if mask_s is None else mask_s[b].flatten().nonzero()[:, 0]
-        cols = torch.arange(nt, device=device) if mask_t is None else mask_t[b].flatten().nonzero()[:, 0]
-        table, taken = score[b, rows][:, cols], []  # taken: flat indices, source * Nt + target
-        while table.numel():
-            best, j = table.max(1)  # ties: the first, that is the lowest index
-            mutual = table.argmax(0)[j] == torch.arange(len(rows), device=device)
-            if best.max() == table.min():  # all equal: a round would yield one pair; the loop goes in order
-                j = torch.arange(len(rows), device=device)
-                mutual = j < len(cols)
-            taken.append(rows[mutual] * nt + cols[j[mutual]])
-            left = torch.ones_like(cols, dtype=torch.bool)
-            left[j[mutual]] = False
-            table, rows, cols = table[~mutual][:, left], rows[~mutual], cols[left]
-        if taken:
-            flat = torch.cat(taken).sort().values
-            value, order = score[b].flatten()[flat].sort(descending=True, stable=True)  # ties: lowest first
-            n = len(flat)
-            pairs.src[b, :n], pairs.trg[b, :n] = flat[order] // nt, flat[order] % nt
-            pairs.score[b, :n], pairs.valid[b, :n] = value, True
-    return pairs
+    table = score
+    for mask, dim in ((mask_s, 2), (mask_t, 1)):
+        table = table if mask is None else table.masked_fill(~mask.flatten(1).unsqueeze(dim), gone)
+    rows, cols = (torch.arange(n, device=device).expand(batch, n) for n in (ns, nt))  # cells of the table's
+    partner = torch.full((batch, ns), -1, device=device)
+    while table.numel():
+        (best, j), (top, i) = table.max(2), table.max(1)  # ties: the first, that is the lowest index
+        left_s, left_t = best > gone, top > gone
+        mutual = left_s & (i.gather(1, j) == torch.arange(best.shape[1], device=device))
+        # Where all are equal, a round would yield one pair; the loop gives the k-th row the k-th column.
+        equal = best.amax(1, keepdim=True) == table.masked_fill(table == gone, -gone).amin((1, 2))[:, None]
+        place, column = left_s.cumsum(1) - 1, (~left_t).long().argsort(dim=1, stable=True)
+        j = torch.where(equal, column.gather(1, place.clamp(0, top.shape[1] - 1)), j)
+        mutual = torch.where(equal, left_s & (place < left_t.sum(1, keepdim=True)), mutual)
+        partner.scatter_reduce_(1, rows, torch.where(mutual, cols.gather(1, j), -1), "amax")
+        # Cut the tables to what any couple has left, and mark what is not left of this one.
+        left_s, left_t = left_s & ~mutual, left_t.long().scatter_add(1, j, -mutual.long()) > 0
+        counts = torch.stack([left_s.sum(1).max(), left_t.sum(1).max()]).tolist()
+        r, c = ((~x).long().argsort(dim=1, stable=True)[:, :n] for x, n in zip((left_s, left_t), counts))
+        table = table.gather(1, r[:, :, None].expand(-1, -1, table.shape[2]))
+        table = table.gather(2, c[:, None].expand(-1, table.shape[1], -1))
+        left = left_s.gather(1, r)[:, :, None] & left_t.gather(1, c)[:, None]
+        table, rows, cols = table.masked_fill(~left, gone), rows.gather(1, r), cols.gather(1, c)
+    value = score.gather(2, partner.clamp(min=0)[:, :, None])[..., 0].masked_fill(partner < 0, gone)
+    value, src = (x[:, :nt] for x in value.sort(dim=1, descending=True, stable=True))  # ties: lowest first
+    valid = value > gone
+    return Pairs(src * valid, partner.gather(1, src) * valid, value.masked_fill(~valid, 0), valid)
 
 
 def matching_scores(corr: Tensor, mask_s: Tensor, mask_t: Tensor, cfg) -> Tensor:
@@ -478,16 +486,16 @@ def kernel_soft_argmax(rows: Tensor, temperature: float = 0.05, sigma: float = 2
     rows (..., H, W), each divided by its maximum; temperature of the softmax; sigma of the Gaussian in cells.
     Returns (..., 2) as (x, y) in cells.
     """
-    h, w = rows.shape[-2:]
-    flat = rows.float().flatten(-2)
-    top, index = flat.max(-1, keepdim=True)
-    xs, ys = cells_to_xy(torch.arange(h * w, device=rows.device), w).unbind(-1)
-    distance2 = (xs - index % w) ** 2 + (ys - index // w) ** 2
+    (h, w), rows = rows.shape[-2:], rows.float()
+    top, index = (x[..., None] for x in rows.flatten(-2).max(-1))
+    x, y = (torch.arange(n, device=rows.device) for n in (w, h))
+    distance2 = ((y - index // w) ** 2)[..., :, None] + ((x - index % w) ** 2)[..., None, :]
     # Dividing by the maximum makes the temperature relative; a row without any positive score keeps its own
     # scale.
-    scaled = flat / torch.where(top > 1e-6, top, torch.ones_like(top))
-    weight = (scaled / temperature - 0.5 * distance2 / sigma**2).softmax(-1)
-    return torch.stack([(weight * xs).sum(-1), (weight * ys).sum(-1)], -1)
+    scale = torch.where(top > 1e-6, top, 1.0)[..., None]
+    weight = rows / (temperature * scale) - distance2 * (0.5 / sigma**2)
+    weight = weight.flatten(-2).softmax(-1).unflatten(-1, (h, w))
+    return torch.stack([weight.sum(-2) @ x.float(), weight.sum(-1) @ y.float()], -1)
 
 
 def transfer_keypoints(corr: Tensor, points: Tensor, temperature: float = 0.05, sigma: float = 2.5) -> Tensor:

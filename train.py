@@ -391,9 +391,10 @@ def train(cfg: Config, resume: str | None = None, build: Callable[[Config], Casc
     chief, stages, out = rank == 0, STAGES[: cfg.stages], Path(cfg.out)
     images = training_set(cfg)
     val, test = (keypoint_set(cfg, split) if chief else None for split in ("val", "test"))
-    torch.manual_seed(cfg.seed)  # the same initial weights in every process
+    torch.manual_seed(cfg.seed)
     cascade = build(cfg).to(device)
     optimizer, start = prepare_run(cascade, images, resume)
+    run.share_weights(cascade)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     loader, skipped = batches(cfg, images, cascade.backbone.patch, start, device), set()
     if chief:
@@ -414,14 +415,14 @@ def train(cfg: Config, resume: str | None = None, build: Callable[[Config], Casc
                 group["lr"] = rate * group["scale"]
 
             # Forward and backward, a micro-batch at a time
-            logged: dict[str, float] = {}
+            logged: dict[str, Tensor] = {}
             for _ in range(cfg.accumulate):
                 batch = next(loader)
                 skipped.update(line for item in batch["skipped"] for line in item.splitlines())
                 if sum(line.startswith("class ") for line in skipped) > max(0, len(images.classes) - 2):
                     raise ValueError(f"fewer than two classes have two readable images; {min(skipped)}")
-                views = torch.cat([batch["src_img"], batch["trg_img"]])
-                maps = torch.cat([batch["src_sal"], batch["trg_sal"]])
+                views, maps = (torch.cat([batch[f"{side}_{kind}"].to(device, non_blocking=True)
+                                          for side in ("src", "trg")]) for kind in ("img", "sal"))
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and cfg.amp):
                     features = both_faces if cfg.facing else type(cascade).features
                     both = features(cascade, views, maps if maps.numel() else None)
@@ -429,10 +430,10 @@ def train(cfg: Config, resume: str | None = None, build: Callable[[Config], Casc
                     loss, parts = cascade(src, trg, batch["label"].to(device))
                 (loss / cfg.accumulate).backward()
                 for key, value in (parts | {"loss": loss}).items():
-                    logged[key] = logged.get(key, 0.0) + value.item() / cfg.accumulate
+                    logged[key] = logged.get(key, 0) + value.detach() / cfg.accumulate
 
             # Step
-            logged = run.average_over_processes(params, logged)
+            logged = run.average_over_processes(params, logged)  # the first wait for the GPU
             norm = float(nn.utils.clip_grad_norm_(params, CLIP if cfg.optimizer == "adamw" else math.inf))
             if not math.isfinite(norm + logged["loss"]):
                 raise ValueError(f"step {step}: loss {logged} with gradient norm {norm} is not finite;"

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import data
-from modules import Features, cells_to_xy, cosine_volume, read_at
+from modules import Features, cells_to_xy, cosine_volume, read_at, transfer_keypoints
 from support.backbone import BACKBONES, ViT, ViTBlock, load_backbone, plain_keys
 from support.files import read_weights
 
@@ -279,10 +279,14 @@ class Cats(nn.Module):
     def transfer(self, src: Features, trg: Features, points: Tensor, method: str = "cats") -> Tensor:
         """Source to target: points (B, n, 2) as (x, y) in source cells to target cells.
 
-        The flow around a point is read bilinearly; beyond the outermost centres it is theirs.
+        "cats": the flow around a point is read bilinearly; beyond the outermost centres it is theirs.
+        "kernel": the volume's row is, and the soft-argmax is the project's, under a Gaussian around the best.
         """
-        flow = flow_of(self(trg, src), self.cfg.beta)  # the source's cells look into the target
-        return points + read_at(flow, points)
+        corr = self(trg, src)  # the source's cells look into the target
+        if method == "kernel":
+            grid = (GRID, GRID)
+            return transfer_keypoints(corr.transpose(1, 2).unflatten(2, grid).unflatten(1, grid), points)
+        return points + read_at(flow_of(corr, self.cfg.beta), points)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -12,13 +12,14 @@ from. Test pairs are never read here. `--preset semimatch` is SemiMatch's releas
 """
 
 import argparse
+import copy
 import dataclasses
 import itertools
 import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -37,6 +38,7 @@ from experiments.views import KeypointViews
 from modules import Features
 from support import run
 from support.benchmarks import DATASETS
+from support.download import benchmark_file
 from support.files import check_record, load_optimizer, read_checkpoint, write_whole
 from support.options import ABOVE_0, AT_LEAST_1, SEEDS, SHARE, add_options, check_ranges
 from train import measure
@@ -71,6 +73,7 @@ class FinetuneConfig(semimatch.SemiConfig, CatsConfig):
     pretrain_epochs: int = 10  # on the labels; not given
     epochs: int = 100  # on the keypoints; CATs: 100
     epoch_steps: int = 0  # steps of an epoch; 0: as many as the pairs give batches
+    patience: int = 0  # epochs on the keypoints without a better score that end it; 0: all epochs are trained
     batch: int = 32  # pairs of a micro-batch; CATs: 32, SemiMatch: 10, its released recipe: 8
     accumulate: int = 1  # micro-batches a step and process
     lr: float = 3e-5  # of everything but the backbone; CATs: 3e-5
@@ -177,12 +180,22 @@ def copy_weights(matcher: Cats, path: str, state: dict | None = None) -> None:
         raise ValueError(f"{path} does not fit --backbone or --levels: {wrong}") from None
 
 
-def chosen_pairs(keypoints: data.KeypointSet, annotated: int, seed: int) -> list[int]:
-    """All pairs, or so many of them, drawn by the seed."""
-    if annotated > len(keypoints):
-        raise ValueError(f"--annotated {annotated}: {keypoints.name} has {len(keypoints)} pairs")
-    order = np.random.default_rng(seed).permutation(len(keypoints)).tolist()
-    return sorted(order[:annotated]) if annotated else list(range(len(keypoints)))
+def chosen_pairs(keypoints: data.KeypointSet, annotated: int, seed: int,
+                 held: frozenset[int] = frozenset()) -> list[int]:
+    """All pairs but those that are held back, or so many of them, drawn by the seed."""
+    order = [n for n in np.random.default_rng(seed).permutation(len(keypoints)).tolist() if n not in held]
+    if annotated > len(order):
+        raise ValueError(f"--annotated {annotated}: {keypoints.name} has {len(order)} pairs")
+    return sorted(order[:annotated] if annotated else order)
+
+
+def held_back(dataset: str, root: str | None, train: data.KeypointSet) -> frozenset[int]:
+    """A fifth of the training pairs, whatever the seed, to validate on where a benchmark of SPair-71k's form
+    has no list "val"."""
+    layout = {"spair": "large", "spair-small": "small"}.get(dataset)
+    if not layout or benchmark_file("spair", root, f"Layout/{layout}/trn.txt").with_name("val.txt").exists():
+        return frozenset()
+    return frozenset(np.random.default_rng(0).permutation(len(train)).tolist()[: len(train) // 5])
 
 
 class Phase(NamedTuple):
@@ -206,9 +219,14 @@ def load_phase(cfg: FinetuneConfig, name: str) -> Phase:
     labels = name == "pretrain"
     dataset, root = ("labels", cfg.pretrain) if labels else (cfg.dataset, cfg.root)
     split = "train" if dataset == "shapes" else "trn"
-    train, val = DATASETS[dataset](root, split), DATASETS[dataset](root, "val")
+    train = DATASETS[dataset](root, split)
+    if held := held_back(dataset, root, train):
+        val = copy.copy(train)
+        val.name, val.pairs = f"{train.name} held back", [train.pairs[n] for n in sorted(held)]
+    else:
+        val = DATASETS[dataset](root, "val")
     val = val if run.processes()[0] else as_cats_reads(val, cfg.size)  # one process scores
-    numbers = chosen_pairs(train, 0 if labels else cfg.annotated, cfg.seed)
+    numbers = chosen_pairs(train, 0 if labels else cfg.annotated, cfg.seed, held)
     epoch = cfg.epoch_steps or max(1, len(numbers) // (cfg.batch * cfg.accumulate * run.processes()[1]))
     return Phase(name, train, numbers, val, epoch, epoch * (cfg.pretrain_epochs if labels else cfg.epochs))
 
@@ -223,37 +241,50 @@ def batches(
     return run.endless(views, stream, cfg.workers, device)
 
 
-def save(path: Path, matcher: Cats, phase: Phase, step: int, best: float,
+class Best(NamedTuple):
+    """The highest score of the validation pairs so far, and after which step it was."""
+
+    score: float = -1.0
+    step: int = 0
+
+
+def save(path: Path, matcher: Cats, phase: Phase, step: int, best: Best,
          optimizer: torch.optim.Optimizer | None = None) -> None:
-    """A checkpoint: best.pt or, with the optimiser, last.pt. best: the highest score so far."""
+    """A checkpoint: best.pt or, with the optimiser, last.pt."""
     content = {"program": PROGRAM, "model": matcher.state_dict(), "config": dataclasses.asdict(matcher.cfg),
-               "phase": phase.name, "step": step, "steps": phase.steps, "best": best,
-               "processes": run.processes()[1]}
+               "phase": phase.name, "step": step, "steps": phase.steps, "best": best.score,
+               "best_step": best.step, "processes": run.processes()[1]}
     write_whole(path, content | ({"optimizer": optimizer.state_dict()} if optimizer else {}))
 
 
-def keep_best(folder: Path, matcher: Cats, phase: Phase, step: int, best: float) -> float:
+def keep_best(folder: Path, matcher: Cats, phase: Phase, step: int, best: Best) -> Best:
     """Score the validation pairs; best.pt if PCK at 0.10 is above the best so far. Returns the best."""
     found, _ = measure(folder / "metrics.jsonl", step, matcher, phase.val, ("cats",))
-    if found["cats"][1] > best:
-        best = found["cats"][1]
+    if found["cats"][1] > best.score:
+        best = Best(found["cats"][1], step)
         save(folder / "best.pt", matcher, phase, step, best)
     return best
 
 
+def has_stalled(cfg: FinetuneConfig, phase: Phase, done: int, best: Best) -> bool:
+    """Whether --patience ends the training on keypoints here."""
+    waited = done - best.step
+    return phase.name == "finetune" and 0 < cfg.patience * phase.epoch <= waited
+
+
 def prepare_phase(matcher: Cats, phase: Phase,
-                  resume: str | None) -> tuple[torch.optim.Optimizer, int, float]:
+                  resume: str | None) -> tuple[torch.optim.Optimizer, int, Best]:
     """Weights and optimiser as a phase starts or goes on with them; returns optimiser, step, best score."""
     optimizer = build_optimizer(matcher, matcher.cfg)
     if not resume:
-        return optimizer, 0, -1.0
+        return optimizer, 0, Best()
     state = read_checkpoint(resume, FinetuneConfig, PROGRAM)
     if state["steps"] != phase.steps:
         steps = f"{phase.steps} steps here, not {state['steps']}"
         raise ValueError(f"--resume {resume}: {phase.name} on {phase.train.name} takes {steps}: other pairs")
     copy_weights(matcher, resume, state)
     load_optimizer(optimizer, state, resume)
-    return optimizer, state["step"], state["best"]
+    return optimizer, state["step"], Best(state["best"], state["best_step"])
 
 
 def run_phase(phase: Phase, matcher: Cats, device: torch.device, resume: str | None) -> int:
@@ -284,7 +315,7 @@ def run_phase(phase: Phase, matcher: Cats, device: torch.device, resume: str | N
                 group["lr"] = rate * group["scale"]
 
             # Forward and backward, a micro-batch at a time
-            logged: dict[str, float] = {}
+            logged: dict[str, Tensor] = {}
             for _ in range(cfg.accumulate):
                 batch = next(loader)
                 skipped.update(line for item in batch.pop("skipped") for line in item.splitlines())
@@ -293,7 +324,7 @@ def run_phase(phase: Phase, matcher: Cats, device: torch.device, resume: str | N
                     loss, parts = batch_loss(matcher, batch, own)
                 (loss / cfg.accumulate).backward()
                 for key, value in (parts | {"loss": loss}).items():
-                    logged[key] = logged.get(key, 0.0) + value.item() / cfg.accumulate
+                    logged[key] = logged.get(key, 0) + value.detach() / cfg.accumulate
 
             # Step
             logged = run.average_over_processes(params, logged)
@@ -313,23 +344,26 @@ def run_phase(phase: Phase, matcher: Cats, device: torch.device, resume: str | N
                 tqdm.write(f"step {done}/{steps} {text} lr {rate:.2e} {speed:.2f} steps/s")
             if chief and done % phase.epoch == 0:
                 best = keep_best(folder, matcher, phase, done, best)
-            if chief and (done % phase.epoch == 0 or (cfg.save_every and done % cfg.save_every == 0)):
+            if ended := run.any_process(chief and has_stalled(cfg, phase, done, best), device):
+                phase = phase._replace(steps=done)
+            if chief and 0 in (done % phase.epoch, done % (cfg.save_every or math.inf)):
                 save(last, matcher, phase, done, best, optimizer)
-            if stopped := run.any_process(bool(stop), device):
+            if (stopped := run.any_process(bool(stop), device)) or ended:
                 break
 
     run.report_skipped(skipped)
-    stopped = stopped and (done < steps or phase.name != phases_of(cfg)[-1])  # else it is done
+    stopped = stopped and (done < phase.steps or phase.name != phases_of(cfg)[-1])  # else it is done
     if chief and stopped:
         save(last, matcher, phase, done, best, optimizer)
         print(f"stopped after step {done}; go on with --resume {last}")
     elif chief:
-        print(f"best of {phase.val.name} at .10: {best:.1f}, checkpoint {folder / 'best.pt'},"
-              f" {time.perf_counter() - clock:.0f} s")
+        print(f"best of {phase.val.name} at .10: {best.score:.1f} at step {best.step}, checkpoint"
+              f" {folder / 'best.pt'}, {time.perf_counter() - clock:.0f} s")
     return 128 + (stop or [signal.SIGTERM])[0] if stopped else 0
 
 
-def finetune(cfg: FinetuneConfig, resume: str | None = None) -> Cats:
+def finetune(cfg: FinetuneConfig, resume: str | None = None,
+             build: Callable[[FinetuneConfig, bool], Cats] | None = None) -> Cats:
     """Pre-train and fine-tune as configured; returns the matcher with the best weights of the last phase.
 
     Stopped by a signal, it leaves by sys.exit with the code by which a shell knows it.
@@ -342,11 +376,12 @@ def finetune(cfg: FinetuneConfig, resume: str | None = None) -> Cats:
     if resume:
         names = names[names.index(Path(resume).parent.name) :]
     phases = [load_phase(cfg, name) for name in names]
-    torch.manual_seed(cfg.seed)  # the same initial weights in every process
-    kind = CachedCats if cfg.cache_features else Cats
-    matcher = kind(cfg, load=not (resume or cfg.checkpoint)).to(device)
+    torch.manual_seed(cfg.seed)
+    build = build or (CachedCats if cfg.cache_features else Cats)
+    matcher = build(cfg, not (resume or cfg.checkpoint)).to(device)
     if cfg.checkpoint and not resume:
         copy_weights(matcher, cfg.checkpoint)
+    run.share_weights(matcher)
     if rank == 0 and not resume:  # a finished run in this folder is replaced, all its phases at once
         for name, file in itertools.product(names, ("last.pt", "best.pt")):
             Path(cfg.out, name, file).unlink(missing_ok=True)
@@ -398,7 +433,8 @@ def parse_config(argv: list[str] | None) -> tuple[FinetuneConfig, str | None]:
         state = read_checkpoint(resume, FinetuneConfig, PROGRAM)
         if "optimizer" not in state:
             raise ValueError(f"{resume} cannot be gone on from: --resume takes last.pt, --checkpoint best.pt")
-        kinds = {"phase": str, "steps": int, "best": (int, float), "processes": int, "optimizer": dict}
+        kinds = {"phase": str, "optimizer": dict, "best": (int, float),
+                 **dict.fromkeys(("steps", "best_step", "processes"), int)}
         base = check_record(resume, state, kinds)["config"]
     elif "backbone" in early:
         base.pop("levels", None)  # they are those of the preset's backbone

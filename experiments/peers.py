@@ -18,7 +18,7 @@ from torch import Tensor
 
 import data
 import evaluate
-from experiments.cats import as_cats_reads
+from experiments.cats import Cats, as_cats_reads
 from experiments.finetune import PROGRAM, load_matcher
 from support.files import read_state
 from support.run import command, find_device, processes
@@ -143,11 +143,14 @@ def compared(scores: dict, alphas: tuple[float, ...]) -> dict[str, dict[tuple[st
 def load(args: argparse.Namespace) -> tuple:
     """The matcher and the methods to score it by: experiments.finetune's CATs, or what evaluate.py scores."""
     if not args.checkpoint or read_state(args.checkpoint)["program"] != PROGRAM:
+        if args.reading:
+            raise ValueError("--reading is of CATs: give --checkpoint of experiments.finetune")
         return evaluate.load_methods(args)
     for name in ("stage", "baseline", "weights", "backbone", "layer", "size", "dense"):
         if getattr(args, name) not in (None, False):
             raise ValueError(f"{args.checkpoint} holds CATs: --{name} does not apply")
-    return load_matcher(args.checkpoint, find_device(args.device)), ["cats"]
+    readings = list(dict.fromkeys(args.reading or ["cats"]))
+    return load_matcher(args.checkpoint, find_device(args.device)), readings
 
 
 def score_as(name: str, found: dict[str, list[Tensor]], asked: data.KeypointSet, args: argparse.Namespace,
@@ -168,6 +171,8 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--protocol", nargs="+", choices=PROTOCOLS, default=["target"], help="score as these peers do")
     add("--compare", action="store_true", help="print the paper's own rows too")
+    add("--reading", nargs="+", choices=("cats", "kernel"),
+        help="of CATs' volume: its own soft-argmax (default), the project's under a Gaussian round the best")
     args = evaluate.read_options(parser, argv)
     keypoints = evaluate.load_pairs(args)
     matcher, methods = load(args)
@@ -175,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in dict.fromkeys(args.protocol):
         protocol = PROTOCOLS[name]
         asked = protocol(keypoints, args.rule)
-        if methods == ["cats"]:
+        if isinstance(matcher, Cats):
             asked = as_cats_reads(asked, matcher.cfg.size)
         depends_on = protocol.swap, protocol.frame if protocol.whole else None
         if depends_on not in done:

@@ -1,6 +1,7 @@
 """Views of annotated pairs, as CATs and SemiMatch are trained on: colour changes, crops, the strong view."""
 
 import bisect
+import functools
 import math
 
 import numpy as np
@@ -61,6 +62,7 @@ class KeypointViews(Dataset):
         self.keypoints, self.numbers, self.cfg, self.patch = keypoints, numbers, cfg, patch
         self.weak = photometric(cfg.semi_photometric if cfg.semi else 0.2)
         self.strong = photometric(cfg.semi_photometric, cfg.semi_blur)
+        self.load = functools.cache(keypoints.load) if cfg.cache_features else keypoints.load
 
     def epoch_pairs(self, seed: int, epoch: int) -> list[tuple[int]]:
         """All pairs in random order; fewer than a batch are repeated until they fill one."""
@@ -70,7 +72,7 @@ class KeypointViews(Dataset):
 
     def side(self, image: int, points: Tensor, box: data.Box, rng: np.random.Generator) -> tuple:
         """One image of a pair: the picture, its crop, points and box (4,) in cells of the crop's view."""
-        picture = self.keypoints.load(image)[0]
+        picture = self.load(image)[0]
         # a crop loses neither the object nor a point; a box has edges, points are centres of pixels
         around = torch.cat([torch.tensor(box).view(2, 2), points + 0.5])
         crop = (0.0, 0.0, *map(float, picture.size))

@@ -124,14 +124,17 @@ def summarise(cfg, images: data.ImageSet, members: Members, singles, measured,
 
 
 def draw_pages(out: Path, images: data.ImageSet, pairs: Records, dropped: Records, count: int) -> None:
-    """Pictures in OUT/drawn: `count` kept pairs, the best, worst and any, and the worst not kept."""
+    """Pictures in OUT/drawn: `count` kept pairs, the best, the worst and any, and any that were not kept."""
     of: dict[str, list[tuple[float, int, int]]] = {kind: [] for kind in KINDS}
     for kind, shard, place, _, pair in every_pair(pairs, dropped):
         of[kind].append((pair["score"], shard, place))
     kept, *rest = (sorted(some) for some in of.values())
-    any_order = np.random.default_rng(0).permutation(len(kept))[:count]
-    pages = {"best": kept[:count], "worst": kept[::-1][:count], "typical": [kept[k] for k in any_order]}
-    pages |= {kind.replace(" ", "_"): some[::-1][:count] for kind, some in zip(KINDS[1:], rest)}
+
+    def drawn_from(some: list) -> list:
+        return [some[k] for k in np.random.default_rng(0).permutation(len(some))[:count]]
+
+    pages = {"best": kept[:count], "worst": kept[::-1][:count], "typical": drawn_from(kept)}
+    pages |= {kind.replace(" ", "_"): drawn_from(some) for kind, some in zip(KINDS[1:], rest)}
     (out / "drawn").mkdir(exist_ok=True)
     for name, some in pages.items():
         path, records = out / "drawn" / f"{name}.jpg", dropped if name == "dropped_images" else pairs

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
@@ -49,11 +49,17 @@ def start_processes(device: torch.device) -> tuple[int, int]:
     return rank, world
 
 
-def average_over_processes(params: list[nn.Parameter], logged: dict[str, float]) -> dict[str, float]:
-    """Replace gradients by their mean over all processes; returns the mean of what is logged."""
+def share_weights(module: nn.Module) -> None:
+    """Every process gets the first one's parameters and buffers."""
+    for tensor in module.state_dict().values() if dist.is_initialized() else ():
+        dist.broadcast(tensor, 0)
+
+
+def average_over_processes(params: list[nn.Parameter], logged: dict[str, Tensor]) -> dict[str, float]:
+    """Replace gradients by their mean over all processes; returns the mean of the scalars that are logged."""
+    values = torch.stack([value.float() for value in logged.values()])
     if not dist.is_initialized():
-        return logged
-    values = torch.tensor(list(logged.values()), device=params[0].device)
+        return dict(zip(logged, values.tolist()))
     flat = torch.cat([p.grad.flatten() for p in params] + [values])
     dist.all_reduce(flat)
     *grads, values = (flat / dist.get_world_size()).split([p.numel() for p in params] + [len(values)])

@@ -469,6 +469,40 @@ def test_the_source_asks_and_the_target_is_looked_into(monkeypatch):
     torch.testing.assert_close(moved[0], centres[known], rtol=0, atol=1e-3)
 
 
+def peak_by_loops(row: list[float]) -> list[float]:
+    """Softmax at 0.05 of a row over its maximum, under a Gaussian of 2.5 cells around it: its mean place."""
+    top = max(row)
+    r, c = divmod(row.index(top), GRID)
+    total = x = y = 0.0
+    for n, value in enumerate(row):
+        j, i = divmod(n, GRID)
+        weight = math.exp((value / top - 1) / 0.05) * math.exp(-((i - c) ** 2 + (j - r) ** 2) / (2 * 2.5**2))
+        total, x, y = total + weight, x + weight * i, y + weight * j
+    return [x / total, y / total]
+
+
+@pytest.mark.parametrize("peaked", [True, False])
+def test_the_kernel_reads_the_volumes_rows_by_loops(monkeypatch, peaked):
+    """Of the volume in which the source's cells look into the target; CATs' own reading is the default."""
+    matcher, src, trg = shaken(small()), features(2, 128), features(2, 128)
+    if not peaked:  # many cells have a say, and the Gaussian which
+        flat = {id(src.feat): torch.rand(2, N, N), id(trg.feat): 1 + 0.2 * torch.rand(2, N, N)}
+        monkeypatch.setattr(Cats, "forward", lambda self, searched, query: flat[id(searched.feat)])
+    points = torch.rand(2, 30, 2) * 16 - 0.5
+    points[0, :6] = torch.tensor([[-0.5, -0.5], [15.5, 15.5], [0, 0], [15, 15], [15.4, 3.25], [6.5, -0.3]])
+    got = matcher.transfer(src, trg, points, "kernel")
+    with torch.no_grad():
+        corr = matcher(trg, src)  # (B, target cells, source cells)
+    for b in range(2):
+        for (x, y), moved in zip(points[b].tolist(), got[b].tolist()):
+            row = read_bilinear(corr[b].view(N, GRID, GRID), x, y).tolist()
+            assert max(row) > 0 and moved == pytest.approx(peak_by_loops(row), abs=1e-3)
+    own = matcher.transfer(src, trg, points)
+    assert torch.equal(own, matcher.transfer(src, trg, points, "cats"))
+    torch.testing.assert_close(own, points + cats.read_at(cats.flow_of(corr, 0.02), points))
+    assert (own - got).norm(dim=2).mean() > 0.1
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Pairs as CATs' loader gives them
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
+from test_benchmarks import RECORD, spair_tree
 from test_train import ROOT, configured, run, train
 
 import data
@@ -25,7 +26,7 @@ from experiments.cats import Cats, as_cats_reads, flow_target
 from experiments.finetune import FinetuneConfig, learning_rate, parse_config
 from experiments.views import KeypointViews, photometric, random_crop, to_view
 from support.backbone import BACKBONES, ViTSpec
-from support.benchmarks import label_pairs
+from support.benchmarks import label_pairs, spair_pairs
 from support.label_tree import write_label_tree
 from support.shapes import shapes_pairs
 
@@ -438,11 +439,9 @@ def few_shapes(monkeypatch, shapes):
     monkeypatch.setitem(finetune.DATASETS, "shapes", lambda root, split: shapes[split])
 
 
-@pytest.fixture(scope="module")
-def labels(tmp_path_factory) -> Path:
+def shapes_labels(out: Path) -> Path:
     """A label set of shapes on disk: six pairs to train on, four to choose by."""
-    out, keypoints = tmp_path_factory.mktemp("labels"), shapes_pairs("val")
-    records = []
+    keypoints, records = shapes_pairs("val"), []
     for split, pairs in (("trn", keypoints.pairs[::8][:6]), ("val", keypoints.pairs[::8][6:])):
         record = {"split": split, "images": {}, "pairs": []}
         for pair in pairs:
@@ -455,6 +454,11 @@ def labels(tmp_path_factory) -> Path:
         records.append(record)
     write_label_tree(out, keypoints.images, records, "copy")
     return out
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory) -> Path:
+    return shapes_labels(tmp_path_factory.mktemp("labels"))
 
 
 def lines(folder: Path) -> list[dict]:
@@ -686,6 +690,7 @@ def refused(*arguments: object) -> str:
     ("--dataset shapes --batch 0", "--batch 0: at least 1"),
     ("--dataset shapes --pretrain-epochs 0", "--pretrain-epochs 0: at least 1"),
     ("--dataset shapes --epoch-steps -1", "--epoch-steps -1: not negative"),
+    ("--dataset shapes --patience -1", "--patience -1: not negative"),
     ("--dataset shapes --lr 0", "--lr 0.0: above 0"),
     ("--dataset shapes --lr nan", "--lr nan: above 0"),
     ("--dataset shapes --backbone-lr inf", "--backbone-lr inf: not negative"),
@@ -765,7 +770,8 @@ def test_a_run_goes_on_only_as_it_was_and_from_its_last_checkpoint(stopped, monk
     assert words.format("out") in refused("--resume", last, "--out", "elsewhere")  # best.pt would stay behind
     for flags in ("--preset shapes", "--checkpoint other.pt", "--seed 6", "--batch 4", "--accumulate 2",
                   "--augment --size 256", "--no-augment", "--annotated 3", "--epochs 9", "--epoch-steps 3",
-                  "--pretrain-epochs 3", "--dataset spair", "--semi-keyout 0.1", "--levels 0"):
+                  "--pretrain-epochs 3", "--dataset spair", "--semi-keyout 0.1", "--levels 0",
+                  "--patience 1"):
         name = re.findall(r"--(?:no-)?([\w-]+)", flags)[-1]
         assert words.format(name) in refused("--resume", last, *flags.split())
     with monkeypatch.context() as patched:
@@ -801,6 +807,7 @@ def test_a_run_does_not_go_on_with_other_pairs(stopped):
 @pytest.mark.parametrize("name, value, words", [
     ("phase", 3, "its phase is a int"), ("phase", "sleep", "this run's own checkpoint is"),
     ("steps", None, "its steps is a NoneType"), ("best", "high", "its best is a str"),
+    ("best_step", 1.5, "its best_step is a float"),
     ("processes", "one", "its processes is a str"), ("optimizer", [], "its optimizer is a list"),
     ("optimizer", {}, "its optimizer does not fit"), ("step", "3", "its step is a str"),
     ("model", {}, "does not fit --backbone or --levels"), ("config", [], "its config is a list"),
@@ -886,3 +893,240 @@ def test_other_programs_and_versions_checkpoints_are_refused(whole, tmp_path):
     state = checkpoint(whole(False) / "pretrain" / "last.pt")
     torch.save(state | {"config": state["config"] | {"clip": 0.0}}, last)
     assert f"{last} was written by another version of experiments.finetune" in refused("--resume", last)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# --patience
+
+
+QUICK = [*SMALL, *RATES, "--no-augment", "--size", "64", "--save-every", "0"]
+WAITING = [*QUICK, "--dataset", "shapes", "--annotated", "4", "--epochs", "5"]  # of two steps
+
+
+def scripted(monkeypatch, keypoints: list[float], labels: list[float] = ()) -> dict[tuple[str, int], dict]:
+    """The scores at alpha 0.10, after every epoch, are given; the weights that they stand for, by phase and
+    step, as they come."""
+    seen = {}
+
+    def measure(log: Path, step: int, matcher: Cats, *_) -> tuple[dict, dict]:
+        phase = log.parent.name
+        scores = [99.0, {"finetune": keypoints, "pretrain": labels}[phase][step // 2], 99.0 - step]
+        with open(log, "a") as file:
+            file.write(json.dumps({"step": step, "pck": {"cats": scores}}) + "\n")
+        seen[phase, step] = {key: value.clone() for key, value in matcher.state_dict().items()}
+        return {"cats": scores}, {}
+
+    monkeypatch.setattr(finetune, "measure", measure)
+    return seen
+
+
+def same_weights(one: dict, two: dict) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(value, two[key]) for key, value in one.items())
+
+
+@pytest.mark.parametrize("patience, scores, ends, best", [
+    (2, [10, 30, 20, 25, 90, 90], 6, 2),
+    (2, [10, 30, 30, 30, 90, 90], 6, 2),  # as good is not better
+    (2, [10, 20, 15, 30, 25, 28], 10, 6),  # a better one resets the waiting
+    (1, [50, 10, 60, 60, 60, 60], 2, 0),  # no epoch was better than the start
+    (0, [50, 10, 10, 10, 10, 10], 10, 0),
+])  # fmt: skip
+def test_the_keypoints_end_after_so_many_epochs_without_a_better_score(
+    tmp_path, monkeypatch, capsys, patience, scores, ends, best
+):
+    out, seen = tmp_path / "run", scripted(monkeypatch, scores)
+    matcher = begin([*WAITING, "--patience", patience, "--out", out])
+    assert list(seen) == [("finetune", step) for step in range(0, ends + 1, 2)]
+    assert [line["step"] for line in lines(out / "finetune") if "loss" in line] == [*range(1, ends + 1)]
+    last, top = (checkpoint(out / "finetune" / name) for name in ("last.pt", "best.pt"))
+    assert (last["step"], last["steps"]) == (ends, ends) and top["step"] == best
+    for state in (last, top):
+        assert (state["best"], state["best_step"]) == (scores[best // 2], best)
+    assert same_weights(top["model"], seen["finetune", best])
+    assert same_weights(matcher.state_dict(), seen["finetune", best])
+    assert same_weights(last["model"], seen["finetune", ends])
+    assert not same_weights(last["model"], top["model"])
+    assert f"{scores[best // 2]:.1f} at step {best}, checkpoint" in capsys.readouterr().out
+    # it has finished, and so has no more steps and may be replaced
+    path = out / "finetune" / "last.pt"
+    assert f"--resume {path}: this run has finished its {ends} steps" in refused("--resume", path)
+    assert parse_config([*map(str, WAITING), "--out", str(out)])[0].out == str(out)
+    monkeypatch.setitem(finetune.PRESETS, "shapes", {"out": str(out)})
+    assert parse_config(["--dataset", "shapes"])[0].out == f"{out}-2"
+
+
+def test_patience_does_not_end_the_labels(labels, tmp_path, monkeypatch):
+    seen = scripted(monkeypatch, [50, 10, 60, 60], [50, 90, 10, 10])
+    flags = [*WAITING, "--pretrain", labels, "--pretrain-epochs", "3", "--patience", "1", "--out", tmp_path]
+    begin(flags)
+    assert list(seen) == [*(("pretrain", step) for step in (0, 2, 4, 6)), ("finetune", 0), ("finetune", 2)]
+    for phase, ends, best in (("pretrain", 6, 2), ("finetune", 2, 0)):
+        last, top = (checkpoint(tmp_path / phase / name) for name in ("last.pt", "best.pt"))
+        assert (last["step"], last["steps"], last["best_step"], top["step"]) == (ends, ends, best, best)
+    assert same_weights(seen["finetune", 0], seen["pretrain", 2])
+
+
+@pytest.mark.parametrize("how, step", [("kill", 4), ("stop", 2), ("stop", 4)])
+def test_an_interrupted_run_waits_as_long_as_an_uninterrupted_one(tmp_path, monkeypatch, how, step):
+    """Resumed two and three steps after the best and one after it, it ends four steps after it too."""
+    scripted(monkeypatch, [10, 30, 20, 25, 90, 90])
+    flags = [*WAITING, "--patience", "2", "--out"]
+    begin([*flags, tmp_path / "whole"])
+    last = tmp_path / "out" / "finetune" / "last.pt"
+    with monkeypatch.context() as patched:
+        interrupt(patched, step, how)
+        with pytest.raises(Killed if how == "kill" else SystemExit):
+            begin([*flags, tmp_path / "out"])
+    state = checkpoint(last)
+    assert (state["step"], state["steps"]) == (step + (how == "stop"), 10)
+    assert (state["best"], state["best_step"]) == (30, 2)
+    assert "holds a run that was stopped" in refused(*flags, tmp_path / "out")
+    go_on(last)
+    assert checkpoint(last)["steps"] == checkpoint(last)["step"] == 6
+    assert_equal_runs(tmp_path / "out" / "finetune", tmp_path / "whole" / "finetune")
+
+
+def test_a_stop_in_the_step_that_ends_the_waiting_is_none(tmp_path, monkeypatch, capsys):
+    scripted(monkeypatch, [50, 10, 60, 60, 60, 60])
+    interrupt(monkeypatch, 1, "stop")
+    begin([*WAITING, "--patience", "1", "--out", tmp_path])
+    state = checkpoint(tmp_path / "finetune" / "last.pt")
+    assert state["step"] == state["steps"] == 2 and "stopped" not in capsys.readouterr().out
+
+
+def test_patience_ends_every_process(spair, tmp_path):
+    """Only the first one scores."""
+    worse = """from experiments import finetune
+finetune.measure = lambda log, step, *_: ({"cats": [0, 9 - step, 0]}, {})
+"""
+    (tmp_path / "launch.py").write_text(worse + LAUNCH)
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    flags = [*QUICK, "--dataset", "spair", "--root", spair, "--epochs", "9", "--patience", "1"]
+    done = run(tmp_path / "launch.py", *flags, "--out", tmp_path, launcher=torchrun, env=environment)
+    assert done.returncode == 0, done.stderr
+    state = checkpoint(tmp_path / "finetune" / "last.pt")
+    assert (state["step"], state["steps"], state["best_step"], state["processes"]) == (2, 2, 0, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pairs that are held back
+
+
+SIDES = [(128, 96), (88, 120), (112, 72), (96, 136)]
+
+
+def spair_shapes(root: Path, lists: dict[str, list[int]]) -> Path:
+    """A benchmark of SPair-71k's form with pairs of shapes by their numbers; images are wide and narrow."""
+    keypoints, found = shapes_pairs("val"), {}
+    for place, numbers in lists.items():
+        found[place] = []
+        for pair in map(keypoints.pairs.__getitem__, numbers):
+            record = RECORD | {"filename": f"{pair.src:06d}-{pair.src}-{pair.trg}:{pair.category}"}
+            for side, index, kps, box in (("src", pair.src, pair.src_kps, pair.src_box),
+                                          ("trg", pair.trg, pair.trg_kps, pair.trg_box)):
+                image = root / "JPEGImages" / pair.category / f"{index}.jpg"
+                image.parent.mkdir(parents=True, exist_ok=True)
+                keypoints.load(index)[0].resize(SIDES[index % 4]).save(image, quality=95)
+                scale = torch.tensor(SIDES[index % 4]) / 128
+                record[f"{side}_imname"] = image.name
+                record[f"{side}_kps"] = ((kps + 0.5) * scale - 0.5).tolist()
+                record[f"{side}_bndbox"] = (torch.tensor(box).view(2, 2) * scale).flatten().tolist()
+            found[place].append(record)
+    return spair_tree(root, found)
+
+
+@pytest.fixture(scope="module")
+def spair(tmp_path_factory) -> Path:
+    """Eleven pairs to train on, and no list of others to choose by, but in the small layout."""
+    lists = {"large/trn": [*range(0, 77, 7)], "large/test": [3, 12, 25], "small/trn": [*range(0, 42, 7)]}
+    return spair_shapes(tmp_path_factory.mktemp("spair"), lists | {"small/val": [5, 50]})
+
+
+def ends_of(keypoints: data.KeypointSet, numbers: list[int] | None = None) -> set[tuple[int, int]]:
+    """What tells pairs apart."""
+    numbers = range(len(keypoints)) if numbers is None else numbers
+    found = {keypoints.pairs[n][:2] for n in numbers}
+    assert len(found) == len(numbers)
+    return found
+
+
+def phase_on(root: Path, *flags: object, dataset: str = "spair") -> finetune.Phase:
+    cfg, _ = parse_config([*SMALL, "--dataset", dataset, "--root", str(root), *map(str, flags)])
+    return finetune.load_phase(cfg, "finetune")
+
+
+def test_a_fifth_is_held_back_whatever_the_seed(spair):
+    every, held, drawn = ends_of(spair_pairs(str(spair), "trn")), set(), {}
+    for seed in (1, 2, 3):
+        for annotated in (0, 4, 9):
+            phase = phase_on(spair, "--seed", seed, "--annotated", annotated, "--epoch-steps", 0)
+            held.add(frozenset(ends_of(phase.val)))
+            drawn[seed, annotated] = ends_of(phase.train, phase.numbers)
+            assert phase.numbers == sorted(phase.numbers) and len(phase.train) == 11
+            assert (phase.train.name, phase.val.name) == ("SPair-71k trn", "SPair-71k trn held back")
+            assert phase.epoch == len(phase.numbers) // 2 == (annotated or 9) // 2
+    (held,) = held
+    assert len(held) == 2 and held < every
+    for seed in (1, 2, 3):
+        assert drawn[seed, 0] == drawn[seed, 9] == every - held
+        assert len(drawn[seed, 4]) == 4 and drawn[seed, 4] < every - held
+    assert len({frozenset(drawn[seed, 4]) for seed in (1, 2, 3)}) > 1
+
+
+def test_pairs_that_are_held_back_are_scored_and_never_trained_on(spair, tmp_path, monkeypatch):
+    shown, original = [], KeypointViews.item
+
+    def item(self, number: int, rng: np.random.Generator) -> dict:
+        shown.append(number)
+        return original(self, number, rng)
+
+    monkeypatch.setattr(KeypointViews, "item", item)
+    begin([*QUICK, "--dataset", "spair", "--root", spair, "--epoch-steps", "5", "--out", tmp_path])
+    held = sorted({*range(11)} - {*shown})
+    assert len(held) == 2 and len(shown) >= 20
+    keypoints, folder = spair_pairs(str(spair), "trn"), tmp_path / "finetune"
+    keypoints.pairs = [keypoints.pairs[n] for n in held]
+    val, best = as_cats_reads(keypoints, 64), checkpoint(folder / "best.pt")
+    found = predict(finetune.load_matcher(str(folder / "best.pt")), val, ["cats"])["cats"]
+    expected = score(found, val)["bbox"]["per_image"]
+    assert best["best"] == pytest.approx(expected[1], abs=1e-3) and expected[2] > 0
+    measured = {line["step"]: line for line in lines(folder) if "pck" in line}
+    assert measured[best["step"]]["pck"]["cats"] == pytest.approx(expected, abs=1e-3)
+    assert {line["on"] for line in measured.values()} == {"SPair-71k trn held back"}
+
+
+def test_only_a_layout_without_a_list_is_held_back_from(spair, tmp_path):
+    root = tmp_path / "SPair-71k"
+    shutil.copytree(spair, root)
+    for place in (root, tmp_path):  # the folder or one that holds it
+        assert len(phase_on(place).numbers) == 9
+        small = phase_on(place, dataset="spair-small")
+        assert small.numbers == [*range(6)] and small.val.name == "SPair-71k small val"
+    spair_shapes(root, {"large/val": [3, 40, 60]})
+    (root / "Layout/small/val.txt").unlink()
+    for place in (root, tmp_path):
+        whole, small = phase_on(place), phase_on(place, dataset="spair-small")
+        assert whole.numbers == [*range(11)] and whole.val.name == "SPair-71k val"
+        assert ends_of(whole.val) == ends_of(spair_pairs(str(root), "val"))
+        assert len(small.numbers) == 5 and small.val.name == "SPair-71k small trn held back"
+        assert ends_of(small.train, small.numbers) | ends_of(small.val) == ends_of(small.train)
+    assert len(phase_on(root, "--annotated", 10).numbers) == 10
+
+
+def test_more_annotated_pairs_than_are_left_are_refused(spair, tmp_path):
+    flags = [*SMALL, "--dataset", "spair", "--root", spair, "--out", tmp_path / "new"]
+    for count in (10, 11):
+        assert f"--annotated {count}: SPair-71k trn has 9 pairs" in refused(*flags, "--annotated", count)
+    assert not files_in(tmp_path)
+
+
+def test_of_less_than_five_pairs_and_of_labels_none_are_held_back(spair, labels, tmp_path):
+    (tmp_path / "few").mkdir()
+    spair_shapes(tmp_path / "few", {"large/trn": [0, 9, 18, 27]})
+    shutil.copytree(labels, tmp_path / "labels", symlinks=True)
+    (tmp_path / "labels/SC-ImageNet/Layout/large/val.txt").unlink()
+    before = files_in(tmp_path)
+    for flags in (["--dataset", "spair", "--root", tmp_path / "few"], ["--pretrain", tmp_path / "labels"]):
+        assert "expected Layout/large/val.txt" in refused(*SMALL, *flags, "--out", tmp_path / "new")
+    assert files_in(tmp_path) == before

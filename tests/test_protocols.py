@@ -470,11 +470,17 @@ def test_an_unknown_protocol_is_named(run_peers, capsys):
     assert "--protocol" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_cats_checkpoint_is_scored_by_every_protocol(run_peers, tmp_path):
+@pytest.fixture
+def cats(tmp_path) -> Cats:
+    """CATs, and its checkpoint as best.pt in the folder."""
     torch.manual_seed(0)
     cats = Cats(FinetuneConfig(backbone="random_vit8", levels="0", size=64, projection=8)).eval()
     state = {"program": PROGRAM, "model": cats.state_dict(), "config": dataclasses.asdict(cats.cfg)}
     torch.save(state | {"step": 0}, tmp_path / "best.pt")
+    return cats
+
+
+def test_a_cats_checkpoint_is_scored_by_every_protocol(run_peers, cats, tmp_path):
     names, place = ["cats", "target"], tmp_path / "out.json"
     run_peers("--checkpoint", tmp_path / "best.pt", "--protocol", *names, "--json", place)
     report = json.loads(place.read_text())
@@ -485,6 +491,41 @@ def test_a_cats_checkpoint_is_scored_by_every_protocol(run_peers, tmp_path):
         expected = score(predict(cats, asked, ["cats"], quiet=True)["cats"], asked)
         found = report["scores"][name]["cats"]["bbox"]["per_image"]
         assert found == pytest.approx(expected["bbox"]["per_image"], abs=1e-3)
+
+
+@pytest.mark.parametrize("readings", [[], ["cats"], ["kernel"], ["kernel", "cats"]])
+def test_cats_is_read_as_asked(run_peers, cats, tmp_path, capsys, readings):
+    """By default by its own soft-argmax; each reading has a table of its own."""
+    place, asked = tmp_path / "out.json", ["--reading"] * bool(readings) + readings
+    run_peers("--checkpoint", tmp_path / "best.pt", "--protocol", "cats", "padded", *asked, "--json", place)
+    said, tables = capsys.readouterr().out, json.loads(place.read_text())["scores"]
+    assert list(tables) == ["cats", "padded"]
+    for name, table in tables.items():
+        pairs = as_cats_reads(PROTOCOLS[name](shapes_pairs("test")), 64)
+        found = predict(cats, pairs, ["cats", "kernel"], quiet=True)
+        expected = {method: score(places, pairs)["bbox"]["per_image"] for method, places in found.items()}
+        assert expected["cats"] != pytest.approx(expected["kernel"], abs=0.1)
+        assert list(table) == (readings or ["cats"])
+        for method, block in table.items():
+            assert block["bbox"]["per_image"] == pytest.approx(expected[method], abs=1e-3)
+    for method in ("cats", "kernel"):
+        assert said.count(f"\n{method} on shapes test: 20 pairs") == 2 * (method in (readings or ["cats"]))
+
+
+def test_readings_are_refused_for_what_is_not_cats(run_peers, tmp_path, capsys):
+    torch.save({"model": {}, "config": {}, "program": "train.py"}, tmp_path / "last.pt")
+    words = "--reading is of CATs: give --checkpoint of experiments.finetune"
+    for others in ([], ["--baseline", "nn"], ["--checkpoint", tmp_path / "last.pt"]):
+        for reading in (["cats"], ["kernel"], ["kernel", "cats"]):
+            with pytest.raises(ValueError) as error:
+                run_peers(*others, "--reading", *reading)
+            assert str(error.value) == words
+    with pytest.raises(SystemExit):
+        run_peers("--reading", "nn")
+    assert "--reading" in capsys.readouterr().err.splitlines()[-1]
+    line = [sys.executable, "-m", "experiments.peers", "--dataset", "shapes", "--reading", "kernel"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (1, f"error: {words}\n", "")
 
 
 def test_options_of_a_cascade_are_refused_for_cats(run_peers, tmp_path):
