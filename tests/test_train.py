@@ -97,6 +97,30 @@ def test_two_processes_equal_one_that_accumulates(tmp_path):
     assert any(not torch.equal(start[key], fresh[key]) for key in fresh)  # something was trained at all
 
 
+def test_every_process_gets_the_weights_of_the_first(tmp_path):
+    """Parameters and buffers, of processes that drew their own."""
+    program = tmp_path / "share.py"
+    program.write_text(
+        "import json\nimport torch\n"
+        "from support import run\n"
+        "rank, _ = run.start_processes(torch.device('cpu'))\n"
+        "torch.manual_seed(rank)\n"
+        "module = torch.nn.BatchNorm1d(3)\n"
+        "torch.nn.init.normal_(module.weight)\n"
+        "module.running_var += torch.rand(3)\n"
+        "before = torch.cat([module.weight.detach(), module.running_var]).tolist()\n"
+        "run.share_weights(module)\n"
+        "after = torch.cat([module.weight.detach(), module.running_var]).tolist()\n"
+        "open(f'{__file__}.{rank}', 'w').write(json.dumps([before, after]))\n"
+        "torch.distributed.destroy_process_group()\n"
+    )
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
+    done = run(program, launcher=torchrun, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert not done.returncode, done.stderr
+    first, second = (json.loads((tmp_path / f"share.py.{rank}").read_text()) for rank in (0, 1))
+    assert first[0] != second[0] and first[1] == second[1] == first[0]
+
+
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     """SIGKILL after a checkpoint; the resumed run ends bit for bit where an uninterrupted one ends."""
     common = [*SMALL, "--steps", "8", "--save-every", "3"]
