@@ -125,7 +125,7 @@ class Config:
 
     # group: no option
     residual: bool = True  # False: Eq. (1) to the letter
-    mil_ffn: bool = True  # the feed-forward halves in the image and region stage too
+    mil_ffn: bool = False  # the feed-forward in the image and region stage too: half of all heads' time
     volume_window: int = 4  # 4D patches a side of an attention window; not given (VAT: 4)
     saliency_rescale: bool = True  # maps to their own minimum and maximum; False: their own values against T
     only: str | None = None  # the stage that is trained alone; the ones before it stay as they are

@@ -32,7 +32,8 @@ def known_options() -> set[str]:
         for name, (group, _) in fields_with_groups(cls).items():
             if group != "no option":
                 options |= {f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}"}
-    for file in ("evaluate.py", "support/match.py", "experiments/peers.py", "tests/benchmark.py"):
+    for file in ("evaluate.py", "support/match.py", "experiments/peers.py", "experiments/headline.py",
+                 "tests/benchmark.py", "tests/gpu.py"):  # fmt: skip
         options |= set(re.findall(r'add(?:_argument)?\(\s*"(--[\w-]+)"', (ROOT / file).read_text()))
     return options
 
