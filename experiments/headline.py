@@ -1,7 +1,7 @@
 """The paper's headline (section 4.3) and its supplement's Figure 1, on a benchmark of SPair-71k's form.
 
     python -m experiments.headline --keypoints CUB6 --willow PF-WILLOW --labels runs/labels_photos \\
-        --backbone-weights FILE --csv docs/headline.csv
+        --backbone-weights FILE --csv runs/headline.csv
 
 CATs on frozen, cached features: (a) on keypoints alone, (b) then with SemiMatch, (c) on labels, then on
 keypoints, (d) then with SemiMatch; on labels alone, and not trained at all. A line of the CSV is one run: its
