@@ -357,7 +357,7 @@ def test_pairs_of_the_mirror_image_are_put_back():
 def test_a_facing_cascade_teaches_the_target_as_it_is_the_pairs_of_its_mirror_image(monkeypatch, only):
     """The planted couples 0 and 3 face the other way; the pixel stage sees no mirrored target."""
     cascade = Cascade(Config(backbone="random_vit8", volume_window=2, candidates=12, pairs=6, facing=True,
-                             only=only, axes=32))  # fmt: skip
+                             only=only, axes=32, mil_ffn=True))  # fmt: skip
     src, trg, away = couples()
     seen, loss_of = [], cascade.pixel.loss
     monkeypatch.setattr(cascade.pixel, "loss", lambda *args: seen.append(args) or loss_of(*args))
