@@ -396,20 +396,23 @@ def greedy_selection(score: Tensor, mask_s: Tensor | None = None, mask_t: Tensor
     for mask, dim in ((mask_s, 2), (mask_t, 1)):
         table = table if mask is None else table.masked_fill(~mask.flatten(1).unsqueeze(dim), gone)
     rows, cols = (torch.arange(n, device=device).expand(batch, n) for n in (ns, nt))  # cells of the table's
-    partner = torch.full((batch, ns), -1, device=device)
+    partner, few = torch.full((batch, ns), -1, device=device), True
     while table.numel():
         (best, j), (top, i) = table.max(2), table.max(1)  # ties: the first, that is the lowest index
         left_s, left_t = best > gone, top > gone
         mutual = left_s & (i.gather(1, j) == torch.arange(best.shape[1], device=device))
-        # Where all are equal, a round would yield one pair; the loop gives the k-th row the k-th column.
-        equal = best.amax(1, keepdim=True) == table.masked_fill(table == gone, -gone).amin((1, 2))[:, None]
-        place, column = left_s.cumsum(1) - 1, (~left_t).long().argsort(dim=1, stable=True)
-        j = torch.where(equal, column.gather(1, place.clamp(0, top.shape[1] - 1)), j)
-        mutual = torch.where(equal, left_s & (place < left_t.sum(1, keepdim=True)), mutual)
+        if few:  # where all are equal, a round yields one pair; the loop gives the k-th row the k-th column
+            lowest = table.masked_fill(table == gone, -gone).amin((1, 2))
+            equal = (best.amax(1) == lowest)[:, None]
+            place, column = left_s.cumsum(1) - 1, (~left_t).long().argsort(dim=1, stable=True)
+            j = torch.where(equal, column.gather(1, place.clamp(0, top.shape[1] - 1)), j)
+            mutual = torch.where(equal, left_s & (place < left_t.sum(1, keepdim=True)), mutual)
         partner.scatter_reduce_(1, rows, torch.where(mutual, cols.gather(1, j), -1), "amax")
         # Cut the tables to what any couple has left, and mark what is not left of this one.
         left_s, left_t = left_s & ~mutual, left_t.long().scatter_add(1, j, -mutual.long()) > 0
-        counts = torch.stack([left_s.sum(1).max(), left_t.sum(1).max()]).tolist()
+        found = mutual.sum(1) + ns * ~left_s.any(1)  # nothing is left: many
+        *counts, fewest = torch.stack([left_s.sum(1).max(), left_t.sum(1).max(), found.min()]).tolist()
+        few = fewest < 2
         r, c = ((~x).long().argsort(dim=1, stable=True)[:, :n] for x, n in zip((left_s, left_t), counts))
         table = table.gather(1, r[:, :, None].expand(-1, -1, table.shape[2]))
         table = table.gather(2, c[:, None].expand(-1, table.shape[1], -1))
