@@ -12,7 +12,6 @@ from. Test pairs are never read here. `--preset semimatch` is SemiMatch's releas
 """
 
 import argparse
-import copy
 import dataclasses
 import itertools
 import math
@@ -112,11 +111,12 @@ PRESETS = {
 
 
 class CachedCats(Cats):
-    """CATs whose frozen backbone sees a view once; its features stay in memory, as far as there is room."""
+    """CATs whose frozen backbone sees a view once; its features stay in memory, as far as there is room.
+    known: those of earlier runs, to go on with."""
 
-    def __init__(self, cfg: FinetuneConfig, load: bool = True) -> None:
+    def __init__(self, cfg: FinetuneConfig, load: bool = True, known: Known | None = None) -> None:
         super().__init__(cfg, load)
-        self.known = Known()
+        self.known = Known() if known is None else known
 
     def features(self, images: Tensor) -> Features:
         return remembered(self.known, super().features, next(self.parameters()).device, images)
@@ -221,8 +221,8 @@ def load_phase(cfg: FinetuneConfig, name: str) -> Phase:
     split = "train" if dataset == "shapes" else "trn"
     train = DATASETS[dataset](root, split)
     if held := held_back(dataset, root, train):
-        val = copy.copy(train)
-        val.name, val.pairs = f"{train.name} held back", [train.pairs[n] for n in sorted(held)]
+        pairs = [train.pairs[n] for n in sorted(held)]
+        val = data.KeypointSet(f"{train.name} held back", train.images, pairs, train.rule)
     else:
         val = DATASETS[dataset](root, "val")
     val = val if run.processes()[0] else as_cats_reads(val, cfg.size)  # one process scores
@@ -266,10 +266,12 @@ def keep_best(folder: Path, matcher: Cats, phase: Phase, step: int, best: Best) 
     return best
 
 
-def has_stalled(cfg: FinetuneConfig, phase: Phase, done: int, best: Best) -> bool:
-    """Whether --patience ends the training on keypoints here."""
-    waited = done - best.step
-    return phase.name == "finetune" and 0 < cfg.patience * phase.epoch <= waited
+def has_stalled(cfg: FinetuneConfig, phase: Phase, done: int, best: Best, device: torch.device) -> bool:
+    """Whether --patience ends the training on keypoints here; every process has to call this."""
+    if not cfg.patience or phase.name != "finetune" or done % phase.epoch:
+        return False
+    chief = run.processes()[0] == 0  # the one that knows the best
+    return run.any_process(chief and done - best.step >= cfg.patience * phase.epoch, device)
 
 
 def prepare_phase(matcher: Cats, phase: Phase,
@@ -344,9 +346,9 @@ def run_phase(phase: Phase, matcher: Cats, device: torch.device, resume: str | N
                 tqdm.write(f"step {done}/{steps} {text} lr {rate:.2e} {speed:.2f} steps/s")
             if chief and done % phase.epoch == 0:
                 best = keep_best(folder, matcher, phase, done, best)
-            if ended := run.any_process(chief and has_stalled(cfg, phase, done, best), device):
+            if ended := has_stalled(cfg, phase, done, best, device):
                 phase = phase._replace(steps=done)
-            if chief and 0 in (done % phase.epoch, done % (cfg.save_every or math.inf)):
+            if chief and (done % phase.epoch == 0 or (cfg.save_every and done % cfg.save_every == 0)):
                 save(last, matcher, phase, done, best, optimizer)
             if (stopped := run.any_process(bool(stop), device)) or ended:
                 break

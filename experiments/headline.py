@@ -24,9 +24,9 @@ from torch import Tensor
 
 import data
 from evaluate import ALPHAS, predict, score
-from experiments.cache import Known, remembered
+from experiments.cache import Known
 from experiments.cats import Cats, as_cats_reads
-from experiments.finetune import FinetuneConfig, check, finetune
+from experiments.finetune import CachedCats, FinetuneConfig, check, finetune
 from modules import Features
 from support.benchmarks import DATASETS
 from support.files import read_state
@@ -44,20 +44,14 @@ KEYPOINTS = dict(dataset="spair", epoch_steps=100, epochs=20, patience=5)
 SEMI = dict(semi=True, beta=0.1, lr=1e-6)  # released recipe: temperature 0.1, rate 1e-6, from trained CATs
 
 
-class Remembered(Cats):
-    """CATs that shares the frozen features of every view with the other runs, and its last volume with its
-    other readings."""
+class Remembered(CachedCats):
+    """CATs on the frozen features of all runs, whose last volume is there for its other readings."""
 
-    def __init__(self, cfg: FinetuneConfig, load: bool, known: Known) -> None:
-        super().__init__(cfg, load)
-        self.known, self.last = known, (None, None, None)
+    last = None, None, None  # source, target, volume
 
     def train(self, mode: bool = True) -> "Remembered":
         self.last = None, None, None  # the weights of its volume may change
         return super().train(mode)
-
-    def features(self, images: Tensor) -> Features:
-        return remembered(self.known, super().features, next(self.parameters()).device, images)
 
     def forward(self, src: Features, trg: Features) -> Tensor:
         if self.training:
@@ -127,7 +121,7 @@ def train_row(args: argparse.Namespace, key: tuple, labels: str | None, known: K
     return finetune(cfg, build=lambda cfg, load: Remembered(cfg, load, known))
 
 
-def best_of(out: str, key: tuple) -> dict:
+def chosen_step(out: str, key: tuple) -> dict:
     """The step that the validation pairs chose, and their PCK at .10."""
     state = {"step": 0, "best": math.nan} if key[0] == "frozen" else read_state(str(checkpoint_of(out, *key)))
     return {"step": state["step"], "val": f"{state['best']:.2f}"}
@@ -139,8 +133,8 @@ def tested(matcher: Cats, tests: dict[str, data.KeypointSet]) -> dict:
     for name, keypoints in tests.items():
         seen = as_cats_reads(keypoints, matcher.cfg.size)
         for reading, places in predict(matcher, seen, READINGS).items():
-            ((_, block),) = score(places, seen).items()
-            found |= {f"{name} {reading} {a:g}": f"{v:.2f}" for a, v in zip(ALPHAS, block["per_image"])}
+            values = score(places, seen)[seen.rule]["per_image"]
+            found |= {f"{name} {reading} {a:g}": f"{v:.2f}" for a, v in zip(ALPHAS, values)}
     return found
 
 
@@ -200,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
             print("----", *key)
             start = time.perf_counter()
             matcher = train_row(args, key, labels, known)
-            row = dict(zip(KEYS, key)) | best_of(args.out, key) | tested(matcher, tests)
+            row = dict(zip(KEYS, key)) | chosen_step(args.out, key) | tested(matcher, tests)
             append_csv(args.csv, row | {"seconds": round(time.perf_counter() - start)})
     if rows := read_csv(args.csv):
         print_table(rows)

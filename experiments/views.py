@@ -62,7 +62,7 @@ class KeypointViews(Dataset):
         self.keypoints, self.numbers, self.cfg, self.patch = keypoints, numbers, cfg, patch
         self.weak = photometric(cfg.semi_photometric if cfg.semi else 0.2)
         self.strong = photometric(cfg.semi_photometric, cfg.semi_blur)
-        self.load = functools.cache(keypoints.load) if cfg.cache_features else keypoints.load
+        self.load = functools.lru_cache(2048)(keypoints.load) if cfg.cache_features else keypoints.load
 
     def epoch_pairs(self, seed: int, epoch: int) -> list[tuple[int]]:
         """All pairs in random order; fewer than a batch are repeated until they fill one."""
