@@ -8,6 +8,7 @@ keypoint transfer   kernel soft-argmax on the rows of a volume, source to target
 A volume is (B, Hs, Ws, Ht, Wt), source first. A cell's flat index is y * W + x. `cfg` is train.Config.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -384,40 +385,47 @@ def greedy_selection(score: Tensor, mask_s: Tensor | None = None, mask_t: Tensor
     The literal loop (tests/literal.py) is N argmaxes over the volume. Here every round takes all pairs that
     are the best of their row and of their column at once: under the order (score, then lowest flat index)
     such a pair stays the best of both until the loop reaches it, so the set, and after sorting the order, are
-    exactly the loop's. Rounds of all B couples go together, on what is left of their tables, and wait for the
-    GPU once.
+    exactly the loop's. Rounds of all B couples go together.
 
     score (B, Hs, Ws, Ht, Wt), finite; masks (B, H, W) bool: the foreground. Returns min(Ns, Nt) entries,
     best first.
     """
     score, gone = score.flatten(3).flatten(1, 2).float(), float("-inf")  # (B, Ns, Nt)
     (batch, ns, nt), device = score.shape, score.device
-    table = score
-    for mask, dim in ((mask_s, 2), (mask_t, 1)):
-        table = table if mask is None else table.masked_fill(~mask.flatten(1).unsqueeze(dim), gone)
     rows, cols = (torch.arange(n, device=device).expand(batch, n) for n in (ns, nt))  # cells of the table's
-    partner, few = torch.full((batch, ns), -1, device=device), True
-    while table.numel():
+    left_s, left_t = (index >= 0 if mask is None else mask.flatten(1)
+                      for index, mask in ((rows, mask_s), (cols, mask_t)))
+    table, partner, found = score, torch.full((batch, ns), -1, device=device), left_s.sum(1)
+    for number in itertools.count():
+        if number % (8 if score.is_cuda else 1) == 0:  # a GPU's round costs less than to wait for its outcome
+            *counts, few = torch.stack([left_s.sum(1).max(), left_t.sum(1).max(), found.min()]).tolist()
+            if not min(counts):
+                break
+            if counts[0] * counts[1] < 0.75 * table[0].numel():  # cut tables to what any couple has left
+                r, c = ((~x).long().argsort(dim=1, stable=True)[:, :n]
+                        for x, n in zip((left_s, left_t), counts))
+                first = table.shape[1] * torch.arange(batch, device=device)[:, None]
+                table = table.flatten(0, 1).index_select(0, (first + r).flatten()).unflatten(0, r.shape)
+                table = table.gather(2, c[:, None].expand(-1, r.shape[1], -1))
+                left_s, rows, left_t, cols = (
+                    x.gather(1, k) for x, k in ((left_s, r), (rows, r), (left_t, c), (cols, c)))
+            own_s, own_t = (torch.arange(n, device=device) for n in table.shape[1:])
+        for left, dim in ((left_s, 2), (left_t, 1)):
+            table = torch.minimum(table, torch.where(left, -gone, gone).unsqueeze(dim))
         (best, j), (top, i) = table.max(2), table.max(1)  # ties: the first, that is the lowest index
         left_s, left_t = best > gone, top > gone
-        mutual = left_s & (i.gather(1, j) == torch.arange(best.shape[1], device=device))
-        if few:  # where all are equal, a round yields one pair; the loop gives the k-th row the k-th column
+        mutual, taken = left_s & (i.gather(1, j) == own_s), left_t & (j.gather(1, i) == own_t)
+        if few < 2:  # where all are equal, a round finds one pair; the loop gives row k column k
             lowest = table.masked_fill(table == gone, -gone).amin((1, 2))
             equal = (best.amax(1) == lowest)[:, None]
-            place, column = left_s.cumsum(1) - 1, (~left_t).long().argsort(dim=1, stable=True)
-            j = torch.where(equal, column.gather(1, place.clamp(0, top.shape[1] - 1)), j)
-            mutual = torch.where(equal, left_s & (place < left_t.sum(1, keepdim=True)), mutual)
+            place_s, place_t = left_s.cumsum(1) - 1, left_t.cumsum(1) - 1
+            column = (~left_t).long().argsort(dim=1, stable=True)
+            j = torch.where(equal, column.gather(1, place_s.clamp(0, top.shape[1] - 1)), j)
+            mutual = torch.where(equal, left_s & (place_s < left_t.sum(1, keepdim=True)), mutual)
+            taken = torch.where(equal, left_t & (place_t < left_s.sum(1, keepdim=True)), taken)
         partner.scatter_reduce_(1, rows, torch.where(mutual, cols.gather(1, j), -1), "amax")
-        # Cut the tables to what any couple has left, and mark what is not left of this one.
-        left_s, left_t = left_s & ~mutual, left_t.long().scatter_add(1, j, -mutual.long()) > 0
+        left_s, left_t = left_s & ~mutual, left_t & ~taken
         found = mutual.sum(1) + ns * ~left_s.any(1)  # nothing is left: many
-        *counts, fewest = torch.stack([left_s.sum(1).max(), left_t.sum(1).max(), found.min()]).tolist()
-        few = fewest < 2
-        r, c = ((~x).long().argsort(dim=1, stable=True)[:, :n] for x, n in zip((left_s, left_t), counts))
-        table = table.gather(1, r[:, :, None].expand(-1, -1, table.shape[2]))
-        table = table.gather(2, c[:, None].expand(-1, table.shape[1], -1))
-        left = left_s.gather(1, r)[:, :, None] & left_t.gather(1, c)[:, None]
-        table, rows, cols = table.masked_fill(~left, gone), rows.gather(1, r), cols.gather(1, c)
     value = score.gather(2, partner.clamp(min=0)[:, :, None])[..., 0].masked_fill(partner < 0, gone)
     value, src = (x[:, :nt] for x in value.sort(dim=1, descending=True, stable=True))  # ties: lowest first
     valid = value > gone
@@ -463,10 +471,11 @@ def pair_nms(pairs: Pairs, width_s: int, width_t: int, radius: float, keep: int)
     """
     ends = cells_to_xy(pairs.src, width_s), cells_to_xy(pairs.trg, width_t)  # (B, K, 2)
     apart = torch.minimum(*((xy[:, :, None] - xy[:, None]).abs().amax(-1) for xy in ends))  # (B, K, K)
-    near = apart < radius
-    kept = pairs.valid.clone()
-    for k in range(1, kept.shape[1]):
-        kept[:, k] &= ~(near[:, k, :k] & kept[:, :k]).any(1)
+    near = (apart < radius).tril(-1)  # [k, j]: j is better than k
+    # kept[k] = valid[k] and no better one that is kept is near: a round more, one more at least is right
+    kept, before = pairs.valid, None
+    while before is None or not torch.equal(kept, before):
+        kept, before = pairs.valid & ~(near & kept[:, None]).any(2), kept
     return best_pairs(pairs, kept, keep)
 
 
@@ -498,7 +507,8 @@ def kernel_soft_argmax(rows: Tensor, temperature: float = 0.05, sigma: float = 2
     scale = torch.where(top > 1e-6, top, 1.0)[..., None]
     weight = rows / (temperature * scale) - distance2 * (0.5 / sigma**2)
     weight = weight.flatten(-2).softmax(-1).unflatten(-1, (h, w))
-    return torch.stack([weight.sum(-2) @ x.float(), weight.sum(-1) @ y.float()], -1)
+    # Not a product of matrices: autocast would round it to bfloat16, an eighth of a cell at 32 cells.
+    return torch.stack([(weight.sum(-2) * x).sum(-1), (weight.sum(-1) * y).sum(-1)], -1)
 
 
 def transfer_keypoints(corr: Tensor, points: Tensor, temperature: float = 0.05, sigma: float = 2.5) -> Tensor:
