@@ -82,10 +82,10 @@ class ImageStage(nn.Module):
         """The volume of B couples, (B, Hs, Ws, Ht, Wt)."""
         return self.mvam(src, trg)
 
-    def loss(self, corr: Tensor, src: Features, trg: Features, labels: Tensor) -> Tensor:
-        """Eq. (2) over the batch: corr is the volume of the positives; labels (B,): classes."""
+    def loss(self, src: Features, trg: Features, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The volume of B couples, as above, and Eq. (2) over the batch; labels (B,): classes."""
         all_valid = torch.ones_like(labels, dtype=torch.bool)[:, None]
-        return multiple_instance_loss(self.mvam, corr, src, trg, labels, all_valid, self.cfg)
+        return multiple_instance_loss(self.mvam, src, trg, labels, all_valid, self.cfg)
 
     @torch.no_grad()
     def select(self, corr: Tensor, src: Features, trg: Features) -> Pairs:

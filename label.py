@@ -338,14 +338,10 @@ def build_clique(cascade: Cascade, item: dict, boxes: Boxes,
 
 def map_clique(cascade: Cascade, item: dict, boxes: Boxes, cfg: LabelConfig,
                matched: bool = False) -> tuple:
-    """build_clique, then clique_maps, in bfloat16 on a GPU: (clique or None, images without foreground, maps,
-    partners)."""
-    kind, found = next(cascade.parameters()).device.type, (None, None)
-    with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
-        clique, empty = build_clique(cascade, item, boxes, cfg.facing)
-        if clique:
-            found = clique_maps(cascade, clique.feats, cfg.batch, matched)
-    return clique, empty, *found
+    """build_clique, then clique_maps: (clique or None, images without foreground, maps, partners)."""
+    clique, empty = build_clique(cascade, item, boxes, cfg.facing)
+    maps = clique_maps(cascade, clique.feats, cfg.batch, matched) if clique else (None, None)
+    return clique, empty, *maps
 
 
 # ------------------------------------------------------------------------------------------------------------

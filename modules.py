@@ -10,6 +10,7 @@ A volume is (B, Hs, Ws, Ht, Wt), source first. A cell's flat index is y * W + x.
 
 import itertools
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -124,6 +125,32 @@ def patch_shuffle(x: Tensor, patch: int) -> Tensor:
     return window_merge(x.reshape(len(x), -1, patch**4, 1), (patch,) * 4, sides)[..., 0]
 
 
+@lru_cache(maxsize=8)
+def relative_index(window: tuple[int, ...], side: int, device: torch.device) -> Tensor:
+    """Which of side^4 relative positions every token pair of one window has: (N, N), N = the product of the
+    window's sides."""
+    index = 0
+    for axis in torch.meshgrid(*(torch.arange(w, device=device) for w in window), indexing="ij"):
+        axis = axis.flatten()  # index = sum_d (delta_d + W - 1) (2W - 1)^(3 - d)
+        index = index * side + (axis[:, None] - axis[None, :] + side // 2)
+    return index
+
+
+@lru_cache(maxsize=8)
+def attention_mask(sides: tuple, padded: tuple, window: tuple, shift: tuple, device: torch.device) -> Tensor:
+    """Which token pairs of each window are neighbours in the volume: (windows, N, N) bool.
+
+    sides, padded: tokens a side without and with padding. Along every side a token lies before or behind
+    the seam of the roll, and is real or padding; two tokens are neighbours where all of that is the same.
+    """
+    label = torch.zeros((), dtype=torch.long, device=device)
+    for real, n, step in zip(sides, padded, shift):
+        index = torch.arange(n, device=device)
+        label = label[..., None] * 4 + 2 * (index >= n - step) + (index.roll(-step) < real)
+    label = window_partition(label[None, ..., None], window)[0, :, :, 0]  # (windows, N)
+    return label[:, :, None] == label[:, None, :]
+
+
 class WindowAttention4D(nn.Module):
     """Pre-norm transformer block on the tokens of 4D windows, with 4D relative position bias (after VAT).
 
@@ -142,29 +169,6 @@ class WindowAttention4D(nn.Module):
         self.bias = nn.Parameter(torch.zeros((2 * window - 1) ** 4, heads))
         nn.init.trunc_normal_(self.bias, std=0.02)
 
-    def relative_bias(self, window: tuple[int, ...]) -> Tensor:
-        """Bias of every token pair of one window: (heads, N, N), N = the product of the window's sides."""
-        side = 2 * self.window - 1
-        axes = torch.meshgrid(*(torch.arange(w, device=self.bias.device) for w in window), indexing="ij")
-        index = 0
-        for axis in axes:  # index = sum_d (delta_d + W - 1) (2W - 1)^(3 - d)
-            axis = axis.flatten()
-            index = index * side + (axis[:, None] - axis[None, :] + self.window - 1)
-        return self.bias[index].permute(2, 0, 1)
-
-    def attention_mask(self, sides: tuple, padded: tuple, window: tuple, shift: tuple) -> Tensor:
-        """Which token pairs of each window are neighbours in the volume: (windows, N, N) bool.
-
-        sides, padded: tokens a side without and with padding. Along every side a token lies before or behind
-        the seam of the roll, and is real or padding; two tokens are neighbours where all of that is the same.
-        """
-        label = torch.zeros((), dtype=torch.long, device=self.bias.device)
-        for real, n, step in zip(sides, padded, shift):
-            index = torch.arange(n, device=label.device)
-            label = label[..., None] * 4 + 2 * (index >= n - step) + (index.roll(-step) < real)
-        label = window_partition(label[None, ..., None], window)[0, :, :, 0]  # (windows, N)
-        return label[:, :, None] == label[:, None, :]
-
     def forward(self, x: Tensor) -> Tensor:
         """x (B, n1, n2, n3, n4, D) of any size; same shape out."""
         sides = tuple(x.shape[1:5])
@@ -175,9 +179,10 @@ class WindowAttention4D(nn.Module):
         y = F.pad(self.norm1(x), [0, 0, *pad]).roll([-s for s in shift], (1, 2, 3, 4))
         qkv = self.qkv(window_partition(y, window)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # (B, windows, heads, N, d)
-        bias, first = self.relative_bias(window)[None], 0  # (1, heads, N, N), of every window
+        bias = self.bias[relative_index(window, 2 * self.window - 1, x.device)]
+        bias, first = bias.permute(2, 0, 1)[None], 0  # (1, heads, N, N), of every window
         if sides != padded or any(shift):
-            seen = self.attention_mask(sides, padded, window, shift)
+            seen = attention_mask(sides, padded, window, shift, x.device)
             bias, first = bias.masked_fill(~seen[:, None], float("-inf")).flatten(0, 1)[None], 1
         # Fused attention takes four dimensions: windows join the batch or, where each has a mask, the heads.
         q, k, v = (z.flatten(first, first + 1) for z in (q, k, v))
@@ -295,19 +300,22 @@ def mil_loss(ap_pos: Tensor, ap_neg: Tensor, positive: Tensor, negative: Tensor)
     return -(ap_pos * pos).sum() / pos.sum().clamp(min=1) + (ap_neg * neg).sum() / neg.sum().clamp(min=1)
 
 
-def multiple_instance_loss(mvam: MVAM, corr: Tensor, src: Features, trg: Features, labels: Tensor,
-                           valid: Tensor, cfg) -> Tensor:
-    """Eq. (2) of a batch: its volumes corr are the positives, those of the rolled sources the negatives.
+def multiple_instance_loss(mvam: MVAM, src: Features, trg: Features, labels: Tensor, valid: Tensor,
+                           cfg) -> tuple[Tensor, Tensor]:
+    """Eq. (2) of a batch: the volumes of its couples, the positives, and the loss against those of the rolled
+    sources, the negatives. The module sees both at once.
 
-    src, trg: K regions of each of B images (K = 1: the images themselves), B * K in all, as corr; labels
-    (B,); valid (B, K) bool: False for regions that only fill up the batch.
+    src, trg: K regions of each of B images (K = 1: the images themselves), B * K in all; labels (B,); valid
+    (B, K) bool: False for regions that only fill up the batch. Returns (B * K, Hs, Ws, Ht, Wt) and a scalar.
     """
     rolled, other_class = negatives(src, labels, regions=valid.shape[1])
     negative = other_class[:, None] & valid & valid.roll(1, 0)
     mask_s, mask_t, mask_r = (x.foreground(cfg.saliency_threshold) for x in (src, trg, rolled))
-    ap_pos = adaptive_pooling(corr, mask_s, mask_t, cfg.ap)
-    ap_neg = adaptive_pooling(mvam(rolled, trg), mask_r, mask_t, cfg.ap)
-    return mil_loss(ap_pos, ap_neg, valid.flatten(), negative.flatten())
+    both = (x.map(lambda *two: torch.cat(two), y) for x, y in ((src, rolled), (trg, trg)))
+    pos, neg = mvam(*both).chunk(2)
+    ap_pos = adaptive_pooling(pos, mask_s, mask_t, cfg.ap)
+    ap_neg = adaptive_pooling(neg, mask_r, mask_t, cfg.ap)
+    return pos, mil_loss(ap_pos, ap_neg, valid.flatten(), negative.flatten())
 
 
 # ------------------------------------------------------------------------------------------------------------

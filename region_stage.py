@@ -42,14 +42,12 @@ class RegionStage(nn.Module):
         """Volumes of B*K region pairs, (B*K, r, r, r, r)."""
         return self.mvam(src, trg)
 
-    def loss(self, corr: Tensor, regions: Regions, labels: Tensor) -> Tensor:
-        """Eq. (2) at region level: positive is region k of a source with region k of its target, negative
-        region k of the previous couple's source with that target.
-
-        corr (B*K, r, r, r, r): volumes of the positives; labels (B,): classes.
-        """
+    def loss(self, regions: Regions, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The volumes of B*K region pairs, as above, and Eq. (2) at region level: positive is region k of a
+        source with region k of its target, negative region k of the previous couple's source with that
+        target. labels (B,): classes."""
         src, trg, valid = regions.src, regions.trg, regions.valid
-        return multiple_instance_loss(self.mvam, corr, src, trg, labels, valid, self.cfg)
+        return multiple_instance_loss(self.mvam, src, trg, labels, valid, self.cfg)
 
     @torch.no_grad()
     def select(self, corr: Tensor, regions: Regions, grid_s: tuple[int, int],

@@ -116,7 +116,7 @@ class Config:
     checkpoint: str | None = None  # checkpoint of stages to start from
     seed: int = 0  # of initial weights, pairing and crops
     workers: int = 0  # processes that load images
-    amp: bool = True  # bfloat16 around the network, on GPUs only
+    amp: bool = True  # bfloat16 in the networks, on GPUs only
     device: str = "auto"  # auto: a GPU if there is one; cpu; cuda
     out: str = "runs/train"  # folder for checkpoints, metrics.jsonl, pictures
     log_every: int = 20  # steps between lines of the log
@@ -157,49 +157,52 @@ class Cascade(nn.Module):
             for stage in STAGES[1 : cfg.stages]:
                 getattr(self, stage).mvam.gated = self.image.mvam.gated
 
+    def autocast(self) -> torch.autocast:
+        """bfloat16 on a GPU, for the networks alone: what is read from their volumes is found in float32."""
+        device = next(self.backbone.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, enabled=device == "cuda" and self.cfg.amp)
+
     def features(self, images: Tensor, saliency: Tensor | None = None) -> Features:
         """Images (B, 3, H, W) and maps (B, h, w) or None to Features: the backbone runs once per image."""
-        device = next(self.backbone.parameters()).device
-        images = images.to(device, non_blocking=True)
+        images = images.to(next(self.backbone.parameters()).device, non_blocking=True)
         # evaluation has no maps; attention means something unless weights are random
         guess = not self.training and self.cfg.saliency != "none" and self.cfg.backbone != "random_vit8"
-        if saliency is None and (self.cfg.saliency == "attention" or guess):
-            feat, token, saliency = self.backbone(images, attention=True)
-        else:
-            feat, token = self.backbone(images)
+        guess = saliency is None and (self.cfg.saliency == "attention" or guess)
+        with self.autocast():
+            feat, token, *attention = self.backbone(images, attention=guess)
         if self.conditioning is not None:
             feat, token = self.conditioning(feat), self.conditioning(token)
         if saliency is None:
-            h, w = (side // self.backbone.patch for side in images.shape[-2:])
-            saliency = feat.new_ones(len(images), h, w)
-        return Features(feat, token, saliency.to(device, torch.float32))
+            grid = (side // self.backbone.patch for side in images.shape[-2:])
+            saliency = attention[0] if guess else feat.new_ones(len(images), *grid)
+        return Features(feat, token, saliency.to(images.device, torch.float32))
 
     def forward(self, src: Features, trg: Features, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """One micro-batch of same-class couples to the loss of Eq. (3), and what is logged: the losses of the
         stages that are trained and, of the pixel stage, the mean number of its pairs."""
         cfg, log, as_is = self.cfg, {}, trg
         train_image, train_region, train_pixel = (cfg.only in (None, stage) for stage in STAGES)
-        loss_image = loss_region = loss_pixel = 0.0
         if cfg.facing:  # pairs are found in the view of the target that faces as the source does
             trg, away = face_the_source(lambda s, t: self.volume(s, t, "nn"), src, trg)
-        with torch.set_grad_enabled(train_image):
+        if train_image:
+            corr, log["image"] = self.image.loss(src, trg, labels)
+        else:
             corr = self.image(src, trg)
-            if train_image:
-                log["image"] = loss_image = self.image.loss(corr, src, trg, labels)
         if cfg.stages >= 2 and cfg.only != "image":
             suspected = self.image.select(corr, src, trg)
             regions = self.image.regions(suspected, src, trg)
-            with torch.set_grad_enabled(train_region):
+            if train_region:
+                region_corr, log["region"] = self.region.loss(regions, labels)
+            else:
                 region_corr = self.region(regions.src, regions.trg)
-                if train_region:
-                    log["region"] = loss_region = self.region.loss(region_corr, regions, labels)
         if cfg.stages >= 3 and train_pixel:
             chosen = self.region.select(region_corr, regions, src.grid, trg.grid)
             if cfg.facing:
                 chosen, trg = put_back(chosen, away, trg.grid[1]), as_is
-            log["pixel"] = loss_pixel = self.pixel.loss(self.pixel(src, trg), chosen)
+            log["pixel"] = self.pixel.loss(self.pixel(src, trg), chosen)
             log["pairs"] = chosen.valid.float().sum(1).mean()
         # Eq. (3): L_all = lambda_1 L_I + lambda_2 L_R + lambda_3 L_P
+        loss_image, loss_region, loss_pixel = (log.get(stage, 0.0) for stage in STAGES)
         loss = cfg.lambda_image * loss_image + cfg.lambda_region * loss_region + cfg.lambda_pixel * loss_pixel
         return loss, log
 
@@ -213,7 +216,8 @@ class Cascade(nn.Module):
         if method in STAGES:
             if method == "region":
                 raise ValueError("the region stage has no volume of whole images")
-            return getattr(self, method)(src, trg)
+            with self.autocast():
+                return getattr(self, method)(src, trg)
         if method.startswith("best"):
             return self.best(src, trg, method).volume
         corr = cosine_volume(src.feat, trg.feat, src.grid, trg.grid)
@@ -423,10 +427,10 @@ def train(cfg: Config, resume: str | None = None, build: Callable[[Config], Casc
                     raise ValueError(f"fewer than two classes have two readable images; {min(skipped)}")
                 views, maps = (torch.cat([batch[f"{side}_{kind}"].to(device, non_blocking=True)
                                           for side in ("src", "trg")]) for kind in ("img", "sal"))
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and cfg.amp):
-                    features = both_faces if cfg.facing else type(cascade).features
-                    both = features(cascade, views, maps if maps.numel() else None)
-                    src, trg = both.map(lambda x: x[: cfg.batch]), both.map(lambda x: x[cfg.batch :])
+                features = both_faces if cfg.facing else type(cascade).features
+                both = features(cascade, views, maps if maps.numel() else None)
+                src, trg = both.map(lambda x: x[: cfg.batch]), both.map(lambda x: x[cfg.batch :])
+                with cascade.autocast():
                     loss, parts = cascade(src, trg, batch["label"].to(device))
                 (loss / cfg.accumulate).backward()
                 for key, value in (parts | {"loss": loss}).items():

@@ -74,34 +74,33 @@ def label_speed(cascade: Cascade, device: torch.device, count: int = 12) -> None
     def features() -> Features:
         return cascade.features(torch.stack(views), torch.stack(maps))
 
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        feats = features()
-        grid = size // patch
-        one = torch.ones(count, device=device)
-        frames = (
-            [(128, 128)] * count,
-            [(0, 0, 128, 128)] * count,
-            one[:, None].expand(-1, 2) * 128 / grid,
-            one * 128,
-        )
-        clique = Clique(list(range(count)), feats, *frames, feats.foreground(0.5).flatten(1))
+    feats = features()
+    grid = size // patch
+    one = torch.ones(count, device=device)
+    frames = (
+        [(128, 128)] * count,
+        [(0, 0, 128, 128)] * count,
+        one[:, None].expand(-1, 2) * 128 / grid,
+        one * 128,
+    )
+    clique = Clique(list(range(count)), feats, *frames, feats.foreground(0.5).flatten(1))
 
-        def loops() -> None:
-            image_errors(clique, clique_maps(cascade, features(), 8)[0])
-            wait()
+    def loops() -> None:
+        image_errors(clique, clique_maps(cascade, features(), 8)[0])
+        wait()
 
-        def one_by_one() -> None:
-            for m in range(1, count):
-                for t in range(1, count):
-                    if m != t:
-                        single_loop(cascade, clique, 0, m, t)
-            wait()
+    def one_by_one() -> None:
+        for m in range(1, count):
+            for t in range(1, count):
+                if m != t:
+                    single_loop(cascade, clique, 0, m, t)
+        wait()
 
-        def pairs() -> None:
-            pair_matches(clique, *clique_maps(cascade, features(), 8, matched=True), LabelConfig())
-            wait()
+    def pairs() -> None:
+        pair_matches(clique, *clique_maps(cascade, features(), 8, matched=True), LabelConfig())
+        wait()
 
-        fast, slow, matched = clock(loops, 3), clock(one_by_one, 1), clock(pairs, 3)
+    fast, slow, matched = clock(loops, 3), clock(one_by_one, 1), clock(pairs, 3)
     n, volumes = (count - 1) * (count - 2), math.comb(count, 2)
     print(f"{cascade.cfg.backbone}, {size} px, {device}, backbone included: {n} loops an image")
     rate = f"{n * count / fast:7.1f} loops/s, {volumes / fast:.1f} volumes/s"

@@ -307,6 +307,7 @@ def table(path) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows[2:]}
 
 
+GPU_ALONE = ("tests marked gpu", "bfloat16 against float32", "training step, compiled")
 # Programs of their own, and what differs from another check by torch.compile alone.
 OTHERS = ("tests marked gpu", "stopped and resumed", "training step, compiled")
 
@@ -342,7 +343,7 @@ def test_the_cpus_half_runs_and_says_so(tmp_path, capsys, monkeypatch):
     assert rows.keys() == gpu.CHECKS.keys()
     for name, (cpu, on_gpu, figure, verdict) in rows.items():
         assert (on_gpu, verdict) == (gpu.NOT_RUN, "ok"), name
-        assert cpu and figure or name in ("tests marked gpu", "training step, compiled"), name
+        assert cpu and figure or name in GPU_ALONE, name
 
 
 def test_a_failed_check_is_a_row_and_the_exit_code(tmp_path, monkeypatch):
