@@ -8,7 +8,6 @@ keypoint transfer   kernel soft-argmax on the rows of a volume, source to target
 A volume is (B, Hs, Ws, Ht, Wt), source first. A cell's flat index is y * W + x. `cfg` is train.Config.
 """
 
-import itertools
 import math
 from functools import lru_cache
 from typing import NamedTuple
@@ -404,34 +403,37 @@ def greedy_selection(score: Tensor, mask_s: Tensor | None = None, mask_t: Tensor
     left_s, left_t = (index >= 0 if mask is None else mask.flatten(1)
                       for index, mask in ((rows, mask_s), (cols, mask_t)))
     table, partner, found = score, torch.full((batch, ns), -1, device=device), left_s.sum(1)
-    for number in itertools.count():
-        if number % (8 if score.is_cuda else 1) == 0:  # a GPU's round costs less than to wait for its outcome
-            *counts, few = torch.stack([left_s.sum(1).max(), left_t.sum(1).max(), found.min()]).tolist()
-            if not min(counts):
-                break
-            if counts[0] * counts[1] < 0.75 * table[0].numel():  # cut tables to what any couple has left
-                r, c = ((~x).long().argsort(dim=1, stable=True)[:, :n]
-                        for x, n in zip((left_s, left_t), counts))
-                first = table.shape[1] * torch.arange(batch, device=device)[:, None]
-                table = table.flatten(0, 1).index_select(0, (first + r).flatten()).unflatten(0, r.shape)
-                table = table.gather(2, c[:, None].expand(-1, r.shape[1], -1))
-                left_s, rows, left_t, cols = (
-                    x.gather(1, k) for x, k in ((left_s, r), (rows, r), (left_t, c), (cols, c)))
-            own_s, own_t = (torch.arange(n, device=device) for n in table.shape[1:])
+    rounds = 8 if score.is_cuda else 1  # a GPU's round costs less than to wait for its outcome
+    while True:
+        *counts, few = torch.stack([left_s.sum(1).max(), left_t.sum(1).max(), found.min()]).tolist()
+        if not min(counts):
+            break
+        # Cut the tables to what any couple has left, and mark what is not left of this one.
+        if counts[0] * counts[1] < 0.75 * table[0].numel():
+            r, c = ((~x).long().argsort(dim=1, stable=True)[:, :n] for x, n in zip((left_s, left_t), counts))
+            first = table.shape[1] * torch.arange(batch, device=device)[:, None]
+            table = table.flatten(0, 1).index_select(0, (first + r).flatten()).unflatten(0, r.shape)
+            table = table.gather(2, c[:, None].expand(-1, r.shape[1], -1))
+            left_s, rows, left_t, cols = (
+                x.gather(1, k) for x, k in ((left_s, r), (rows, r), (left_t, c), (cols, c)))
         for left, dim in ((left_s, 2), (left_t, 1)):
             table = torch.minimum(table, torch.where(left, -gone, gone).unsqueeze(dim))
-        (best, j), (top, i) = table.max(2), table.max(1)  # ties: the first, that is the lowest index
-        left_s, left_t = best > gone, top > gone
-        mutual, taken = left_s & (i.gather(1, j) == own_s), left_t & (j.gather(1, i) == own_t)
-        if few < 2:  # where all are equal, a round finds one pair; the loop gives row k column k
-            lowest = table.masked_fill(table == gone, -gone).amin((1, 2))
-            equal = (best.amax(1) == lowest)[:, None]
-            place_s, place_t = left_s.cumsum(1) - 1, left_t.cumsum(1) - 1
-            column = (~left_t).long().argsort(dim=1, stable=True)
-            j = torch.where(equal, column.gather(1, place_s.clamp(0, top.shape[1] - 1)), j)
-            mutual = torch.where(equal, left_s & (place_s < left_t.sum(1, keepdim=True)), mutual)
-            taken = torch.where(equal, left_t & (place_t < left_s.sum(1, keepdim=True)), taken)
-        partner.scatter_reduce_(1, rows, torch.where(mutual, cols.gather(1, j), -1), "amax")
+        own_s, own_t = (torch.arange(n, device=device) for n in table.shape[1:])
+        for _ in range(rounds):
+            (best, j), (top, i) = table.max(2), table.max(1)  # ties: the first, that is the lowest index
+            left_s, left_t = best > gone, top > gone
+            mutual, taken = left_s & (i.gather(1, j) == own_s), left_t & (j.gather(1, i) == own_t)
+            if few < 2:  # where all are equal, a round finds one pair; the loop gives row k column k
+                lowest = table.masked_fill(table == gone, -gone).amin((1, 2))
+                equal = (best.amax(1) == lowest)[:, None]
+                place_s, place_t = left_s.cumsum(1) - 1, left_t.cumsum(1) - 1
+                column = (~left_t).long().argsort(dim=1, stable=True)
+                j = torch.where(equal, column.gather(1, place_s.clamp(0, top.shape[1] - 1)), j)
+                mutual = torch.where(equal, left_s & (place_s < left_t.sum(1, keepdim=True)), mutual)
+                taken = torch.where(equal, left_t & (place_t < left_s.sum(1, keepdim=True)), taken)
+            partner.scatter_reduce_(1, rows, torch.where(mutual, cols.gather(1, j), -1), "amax")
+            if rounds > 1:
+                table.masked_fill_(mutual[:, :, None], gone).masked_fill_(taken[:, None], gone)
         left_s, left_t = left_s & ~mutual, left_t & ~taken
         found = mutual.sum(1) + ns * ~left_s.any(1)  # nothing is left: many
     value = score.gather(2, partner.clamp(min=0)[:, :, None])[..., 0].masked_fill(partner < 0, gone)

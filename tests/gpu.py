@@ -407,6 +407,8 @@ CHECKS: dict[str, Callable[[Sizes, torch.device], Row]] = {
     "labelling, pairs": partial(labelling, True),
     "evaluation": evaluation,
     "training step": partial(training_step, False),
+    "training step, four times the couples": lambda sizes, device: training_step(
+        False, sizes._replace(batch=4 * sizes.batch), device),
     "training step, compiled": partial(training_step, True),
 }
 

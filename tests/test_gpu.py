@@ -164,13 +164,19 @@ def test_a_step_of_training(fake_gpu, changes):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4, abs=1e-4)
 
 
-def test_selection_of_all_cells(fake_gpu):
-    """What the programs do inside a foreground alone."""
-    volume = torch.rand(2, 3, 4, 5, 2, generator=torch.Generator().manual_seed(0))
-    for some in (volume, torch.ones_like(volume)):
-        found = [greedy_selection(hough_matching(x)) for x in (some.to("cuda"), some)]
-        for ours, plain in zip(*found):
-            assert ours.device == CUDA and torch.equal(ours.cpu(), plain)
+def test_selection_in_a_gpus_rounds(fake_gpu):
+    """Several before it is asked what is left; with ties, of all cells and of some."""
+    assert torch.ones(1, device="cuda").is_cuda
+    generator = torch.Generator().manual_seed(0)
+    volume = torch.rand(3, 3, 4, 5, 2, generator=generator)
+    masks = torch.rand(3, 3, 4, generator=generator) < 0.7, torch.rand(3, 5, 2, generator=generator) < 0.7
+    for some in (volume, (4 * volume).round(), torch.ones_like(volume), hough_matching(volume)):
+        for given in ((some,), (some, *masks)):
+            found = greedy_selection(*(x.to("cuda") for x in given))
+            for ours, plain in zip(found, greedy_selection(*given)):
+                assert ours.device == CUDA and torch.equal(ours.cpu(), plain)
+    found = hough_matching(volume.to("cuda"))
+    assert found.device == CUDA and torch.equal(found.cpu(), hough_matching(volume))
 
 
 def test_a_matcher_goes_to_the_gpu(fake_gpu, monkeypatch):

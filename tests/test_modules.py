@@ -746,6 +746,14 @@ def test_transfer_goes_from_source_to_target():
     torch.testing.assert_close(moved, torch.tensor([[[2.0, 1.0], [6.0, 4.0], [3.0, 3.0]]]), atol=0.02, rtol=0)
 
 
+def test_soft_argmax_is_in_full_precision_under_autocast():
+    rows = torch.rand(3, 40, 56, generator=torch.Generator().manual_seed(0))
+    plain = kernel_soft_argmax(rows)
+    with torch.autocast("cpu", torch.bfloat16):  # of whose 8 bits a place in 56 cells would need more
+        found = kernel_soft_argmax(rows)
+    assert found.dtype == torch.float32 and torch.equal(found, plain)
+
+
 def test_cosine_volume_is_float32_under_autocast():
     feat = torch.randn(1, 6, 8)
     with torch.autocast("cpu", torch.bfloat16):
