@@ -29,7 +29,8 @@ from experiments.cats import Cats, as_cats_reads
 from experiments.finetune import CachedCats, FinetuneConfig, check, finetune
 from modules import Features
 from support.benchmarks import DATASETS
-from support.files import read_state
+from support.files import read_state, write_whole
+from support.pictures import draw_curve
 from support.run import command, find_device
 
 READINGS = ("cats", "kernel")
@@ -169,6 +170,28 @@ def print_table(rows: dict[tuple, dict]) -> None:
         print(text)
 
 
+def draw_figure(path: str, rows: dict[tuple, dict]) -> None:
+    """Figure 1 of the supplement: PCK at .10 by CATs' own soft-argmax over the share of images that labels
+    were chosen from, mean over seeds; where it is 0, without labels."""
+    scores: dict[str, dict[float, list[float]]] = {}
+    for (row, share, annotated, _), found in rows.items():
+        what = "labels alone" if row in ("frozen", "labels") else f"labels, then {annotated} pairs"
+        for test in ("test", "willow"):
+            if row not in "bd" and (value := found.get(f"{test} cats 0.1")):
+                curve = scores.setdefault(f"{test}: {what}", {})
+                curve.setdefault(float(share), []).append(float(value))
+    shares = sorted({share for curve in scores.values() for share in curve})
+    curves = {name: [np.mean(curve[x]) if x in curve else None for x in shares]
+              for name, curve in scores.items() if len(curve) > 2}
+    if not curves:
+        raise ValueError(f"--figure {path}: runs with labels of two shares at least; give --labels")
+    values = [v for curve in curves.values() for v in curve if v is not None]
+    span = 10 * math.floor(min(values) / 10), 10 * math.ceil(max(values) / 10 + 1e-9)
+    page = draw_curve(curves, tuple(shares), "Share of images that labels are chosen from",
+                      "share of every class's images; 0: no labels", "PCK at 0.10 (%)", span=span)
+    write_whole(path, page)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.headline", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -181,6 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default 0 1 2")
     add("--backbone-weights", help="ViT-S/14's; default: downloaded")
     add("--csv", required=True, help="one line a finished run")
+    add("--figure", metavar="FILE", help="picture of PCK over the share of images (supplement, Figure 1)")
     add("--out", default="runs/headline", help="folder for checkpoints (default runs/headline)")
     add("--device", default="auto", help="auto, cpu, cuda")
     args = parser.parse_args(argv)
@@ -198,6 +222,8 @@ def main(argv: list[str] | None = None) -> None:
             append_csv(args.csv, row | {"seconds": round(time.perf_counter() - start)})
     if rows := read_csv(args.csv):
         print_table(rows)
+        if args.figure:
+            draw_figure(args.figure, rows)
 
 
 if __name__ == "__main__":

@@ -172,10 +172,11 @@ def ranked_pairs(pred: list[Tensor], right: list[Tensor], keypoints: data.Keypoi
 
 
 def draw_curve(curves: dict[str, list[float | None]], xs: tuple[float, ...], title: str, x_label: str,
-               y_label: str, diagonal: bool = False) -> Image.Image:
-    """Curves in per cent, 0 to 100, over xs that ascend from 0 on; None and nan are gaps. The legend names
-    last values. diagonal: xs go up to 1, and perfect calibration, y = 100 x, is dotted instead."""
+               y_label: str, diagonal: bool = False, span: tuple[int, int] = (0, 100)) -> Image.Image:
+    """Curves in per cent over xs that ascend from 0 on; None and nan are gaps. The legend names last values.
+    diagonal: xs go up to 1, and perfect calibration, y = 100 x, is dotted instead. span: of the axis of y."""
     left, top, width, height, limit = 64, 40, 480, 320, 1 if diagonal else max(xs)
+    low, high = span
     values = {name: [math.nan if v is None else v for v in some] for name, some in curves.items()}
     last = {name: [v for v in some if v == v][-1:] for name, some in values.items()}
     order = sorted(curves, key=lambda name: last[name], reverse=True)
@@ -187,7 +188,8 @@ def draw_curve(curves: dict[str, list[float | None]], xs: tuple[float, ...], tit
     draw = ImageDraw.Draw(page)
 
     def at(x: float, y: float) -> tuple[float, float]:
-        points = FINE * (left + width * x / limit), FINE * (top + height * (1 - y / 100))
+        up = (y - low) / (high - low)
+        points = FINE * (left + width * x / limit), FINE * (top + height * (1 - up))
         return tuple(p if math.isnan(p) else round(p) + 1 for p in points)
 
     def text(x: float, y: float, line: str, anchor: str = "mm", size: int = 12) -> None:
@@ -203,9 +205,10 @@ def draw_curve(curves: dict[str, list[float | None]], xs: tuple[float, ...], tit
                 draw.regular_polygon((x, y, FINE * radius), sides, turn, colour, "black", 2)
 
     for k in range(6):
-        for ends in (((0, 20 * k), (limit, 20 * k)), ((limit * k / 5, 0), (limit * k / 5, 100))):
+        level, along = low + k / 5 * (high - low), limit * k / 5
+        for ends in (((0, level), (limit, level)), ((along, low), (along, high))):
             draw.line((*at(*ends[0]), *at(*ends[1])), (222, 222, 222), FINE)
-        text(left - 8, top + height * (1 - k / 5), f"{20 * k}", "rm")
+        text(left - 8, top + height * (1 - k / 5), f"{level:g}", "rm")
         text(left + width * k / 5, top + height + 14, f"{limit * k / 5:g}")
     for x, y in [at(k / 80, k / 0.8) for k in range(81)] * diagonal:
         draw.ellipse((x - FINE, y - FINE, x + FINE, y + FINE), (90, 90, 90))

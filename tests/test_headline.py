@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_finetune import Killed, checkpoint, files_in, interrupt, same_weights, shapes_labels, spair_shapes
 from test_train import ROOT
 
@@ -25,6 +26,7 @@ from experiments.cache import Known
 from experiments.cats import Cats, as_cats_reads
 from experiments.finetune import FinetuneConfig, load_matcher
 from experiments.headline import Remembered
+from support import run
 from support.benchmarks import label_pairs, pfwillow, spair_pairs
 from support.shapes import shapes_pairs
 
@@ -176,6 +178,23 @@ def test_the_frozen_backbone_is_scored_as_it_is(places, tmp_path, trained):
         assert columns_of(first, "test", reading) == columns_of(second, "test", reading) == expected
         assert float(expected[2]) > 0
     assert (first["row"], first["share"], first["annotated"], first["step"]) == ("frozen", "0", "0", "0")
+
+
+def test_figure_1_is_the_mean_over_seeds_and_begins_without_labels(made, tmp_path, monkeypatch):
+    drawn, draw, rows, scores = [], headline.draw_curve, {}, iter(range(20, 80))
+    monkeypatch.setattr(headline, "draw_curve", lambda *a, **k: (drawn.append((a, k)), draw(*a, **k))[1])
+    for name in ("frozen 0", "labels 0.5", "labels 1", "a 0", "c 1", "c 0.5"):
+        row, share = name.split()
+        for seed in "012"[: 1 if row == "frozen" else 3]:
+            key = row, share, "4" if row in "ac" else "0", seed
+            rows[key] = {"val": "0", "test cats 0.1": str(next(scores)), "test kernel 0.1": "0"}
+    headline.draw_figure(str(tmp_path / "figure.png"), rows)
+    ((curves, xs, *_), options), = drawn
+    assert xs == (0, 0.5, 1) and options["span"] == (20, 40)
+    assert curves == {"test: labels alone": [20, 22, 25], "test: labels, then 4 pairs": [28, 34, 31]}
+    assert Image.open(tmp_path / "figure.png").size[0] > 480
+    with pytest.raises(SystemExit, match="labels of two shares"), run.command():
+        headline.main([*made.flags, "--figure", str(tmp_path / "none.png")])
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -327,6 +327,8 @@ def test_a_curve_runs_through_its_values_and_ends_at_the_last_alpha():
     assert coloured(page.crop((60, 40, 66, 360)), PALETTE[0]).size == 0  # nothing before the first value
     steep = draw_curve({"one": [0.0, 100.0]}, (0.5, 1.0), "title", "x", "y")
     assert all(near(pixel(steep, *spot(*at)), PALETTE[0], 40) for at in ((1, 100), (0.75, 50)))
+    part = draw_curve({"one": [30.0, 50.0]}, (0.0, 1.0), "title", "x", "y", span=(20, 60))
+    assert all(near(pixel(part, *spot(*at)), PALETTE[0], 40) for at in ((0, 25), (0.5, 50), (1, 75)))
 
 
 def test_empty_bins_are_gaps():
