@@ -2,8 +2,8 @@
 
 One table: the GPU against the CPU on the same input, bfloat16 against float32, a run that is stopped and goes
 on, and how long training, labelling and evaluation take at the paper's sizes (ViT-B/16, 512 px). Weights are
-random, images the built-in shapes: nothing is needed beside this checkout. Made to take less than eight
-minutes on an H100; without a GPU the CPU's half alone, at smaller sizes, one minute. Exit code 1 if a check
+random, images the built-in shapes: nothing is needed beside this checkout. Four minutes on an H100, half of
+them to compile; without a GPU the CPU's half alone, at smaller sizes, one minute. Exit code 1 if a check
 fails or misses its goal.
 """
 
@@ -209,16 +209,6 @@ def loop_errors(device: torch.device) -> Tensor:
 # bfloat16, whole programs
 
 
-def marked_tests(sizes: Sizes, device: torch.device) -> Row:
-    """The tests that need a GPU."""
-    if device == CPU:
-        return Row("", NOT_RUN)
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150)
-    last = (done.stdout.strip().splitlines() or ["no output"])[-1].strip("= ")
-    return Row("", last, "no test is marked gpu" * (done.returncode == 5), done.returncode in (0, 5))
-
-
 def bfloat16(sizes: Sizes, device: torch.device) -> Row:
     """The pixel stage's volumes and transfers with bfloat16 in the networks, against float32."""
     if device == CPU:
@@ -389,7 +379,6 @@ def training_step(compiled: bool, sizes: Sizes, device: torch.device, backend: s
 # The table
 
 CHECKS: dict[str, Callable[[Sizes, torch.device], Row]] = {
-    "tests marked gpu": marked_tests,
     "image stage's volume": partial(compare, partial(whole_volume, "image"), 1e-4),
     "region stage's volumes": partial(compare, region_volumes, 1e-4),
     "pixel stage's volume": partial(compare, partial(whole_volume, "pixel"), 1e-4),

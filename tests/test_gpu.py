@@ -313,9 +313,9 @@ def table(path) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows[2:]}
 
 
-GPU_ALONE = ("tests marked gpu", "bfloat16 against float32", "training step, compiled")
+GPU_ALONE = ("bfloat16 against float32", "training step, compiled")
 # Programs of their own, and what differs from another check by torch.compile alone.
-OTHERS = ("tests marked gpu", "stopped and resumed", "training step, compiled")
+OTHERS = ("stopped and resumed", "training step, compiled")
 
 
 @pytest.mark.parametrize("name", [name for name in gpu.CHECKS if name not in OTHERS])
