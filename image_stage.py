@@ -76,7 +76,8 @@ class ImageStage(nn.Module):
     def __init__(self, dim: int, cfg) -> None:
         super().__init__()
         self.cfg = cfg
-        self.mvam = MVAM(dim, cfg.residual, cfg.ffn_ratio if cfg.mil_ffn else 0, cfg.volume_window)
+        self.mvam = MVAM(dim, cfg.residual, cfg.ffn_ratio if cfg.mil_ffn else 0, cfg.volume_window,
+                         amp=cfg.amp)
 
     def forward(self, src: Features, trg: Features) -> Tensor:
         """The volume of B couples, (B, Hs, Ws, Ht, Wt)."""

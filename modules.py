@@ -50,6 +50,12 @@ class Features(NamedTuple):
 # MVAM: matching volume aggregation module
 
 
+def autocast(x: Tensor, amp: bool) -> torch.autocast:
+    """bfloat16 where x lies on a GPU and amp is set: around backbone and MVAM alone, so that pairs, losses and
+    places are found in float32."""
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=amp and x.is_cuda)
+
+
 class GatedCrossAttention(nn.Module):
     """Eq. (1): cross-attention between two images, gated by the other image's class token.
 
@@ -124,7 +130,8 @@ def patch_shuffle(x: Tensor, patch: int) -> Tensor:
     return window_merge(x.reshape(len(x), -1, patch**4, 1), (patch,) * 4, sides)[..., 0]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)  # what is kept may meet gradients later
 def relative_index(window: tuple[int, ...], side: int, device: torch.device) -> Tensor:
     """Which of side^4 relative positions every token pair of one window has: (N, N), N = the product of the
     window's sides."""
@@ -135,7 +142,8 @@ def relative_index(window: tuple[int, ...], side: int, device: torch.device) -> 
     return index
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)
 def attention_mask(sides: tuple, padded: tuple, window: tuple, shift: tuple, device: torch.device) -> Tensor:
     """Which token pairs of each window are neighbours in the volume: (windows, N, N) bool.
 
@@ -227,19 +235,24 @@ class MVAM(nn.Module):
     ffn_ratio: hidden width of the feed-forward half over that of the features; 0: gated attention alone.
     window: side of the 4D windows, in patches. consensus: side of the neighbourhood that the volume is
     averaged over before its windows; 0: none. frozen_share: in eval mode, the refined features are averaged
-    with those that came in, which have this share (after WiSE-FT, Wortsman et al., 2022).
+    with those that came in, which have this share (after WiSE-FT, Wortsman et al., 2022). amp: `autocast`.
     """
 
     def __init__(self, dim: int, residual: bool, ffn_ratio: float, window: int,
-                 consensus: int = 0, frozen_share: float = 0.0) -> None:
+                 consensus: int = 0, frozen_share: float = 0.0, amp: bool = True) -> None:
         super().__init__()
-        self.consensus, self.frozen_share = consensus, frozen_share
+        self.consensus, self.frozen_share, self.amp = consensus, frozen_share, amp
         self.gated = GatedCrossAttention(dim, residual=residual)
         self.ffn = LocalFeedForward(dim, int(dim * ffn_ratio)) if ffn_ratio else None
         self.aggregation = VolumeAggregation(window)
 
     def forward(self, src: Features, trg: Features) -> Tensor:
         """Features of B source and B target images to a volume (B, Hs, Ws, Ht, Wt), float32."""
+        with autocast(src.feat, self.amp):
+            return self.volume(src, trg)
+
+    def volume(self, src: Features, trg: Features) -> Tensor:
+        """The same, in the precision that surrounds it."""
         s, t = (torch.cat([x.token[:, None], x.feat], 1) for x in (src, trg))
         s, t = self.gated(s, t)  # Psi, Eq. (1)
         if self.ffn is not None:
@@ -481,11 +494,11 @@ def pair_nms(pairs: Pairs, width_s: int, width_t: int, radius: float, keep: int)
     """
     ends = cells_to_xy(pairs.src, width_s), cells_to_xy(pairs.trg, width_t)  # (B, K, 2)
     apart = torch.minimum(*((xy[:, :, None] - xy[:, None]).abs().amax(-1) for xy in ends))  # (B, K, K)
-    near = (apart < radius).tril(-1)  # [k, j]: j is better than k
+    near = (apart < radius).tril(-1).float()  # [k, j]: j is better than k
     # kept[k] = valid[k] and no better one that is kept is near: a round more, one more at least is right
     kept, before = pairs.valid, None
     while before is None or not torch.equal(kept, before):
-        kept, before = pairs.valid & ~(near & kept[:, None]).any(2), kept
+        kept, before = pairs.valid & ((near @ kept.float()[:, :, None])[:, :, 0] == 0), kept
     return best_pairs(pairs, kept, keep)
 
 

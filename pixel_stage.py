@@ -40,7 +40,8 @@ class PixelStage(nn.Module):
     def __init__(self, dim: int, cfg) -> None:
         super().__init__()
         self.cfg = cfg
-        self.mvam = MVAM(dim, cfg.residual, cfg.ffn_ratio, cfg.volume_window, cfg.consensus, cfg.frozen_share)
+        self.mvam = MVAM(dim, cfg.residual, cfg.ffn_ratio, cfg.volume_window, cfg.consensus, cfg.frozen_share,
+                         cfg.amp)
 
     def forward(self, src: Features, trg: Features) -> Tensor:
         """The volume of B couples, (B, Hs, Ws, Ht, Wt)."""

@@ -36,7 +36,8 @@ class RegionStage(nn.Module):
         super().__init__()
         self.cfg = cfg
         # One attention window, in patches of two cells, spans the whole 5^4 volume.
-        self.mvam = MVAM(dim, cfg.residual, cfg.ffn_ratio if cfg.mil_ffn else 0, window=(REGION + 1) // 2)
+        self.mvam = MVAM(dim, cfg.residual, cfg.ffn_ratio if cfg.mil_ffn else 0, window=(REGION + 1) // 2,
+                         amp=cfg.amp)
 
     def forward(self, src: Features, trg: Features) -> Tensor:
         """Volumes of B*K region pairs, (B*K, r, r, r, r)."""

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import data
 from image_stage import REGION, ImageStage
-from modules import HEADS, Features, cosine_volume, hough_matching, put_back, transfer_keypoints
+from modules import HEADS, Features, autocast, cosine_volume, hough_matching, put_back, transfer_keypoints
 from pixel_stage import PixelStage
 from region_stage import RegionStage
 from support import run
@@ -116,7 +116,7 @@ class Config:
     checkpoint: str | None = None  # checkpoint of stages to start from
     seed: int = 0  # of initial weights, pairing and crops
     workers: int = 0  # processes that load images
-    amp: bool = True  # bfloat16 in the networks, on GPUs only
+    amp: bool = True  # bfloat16 in backbone and stages, on GPUs only
     device: str = "auto"  # auto: a GPU if there is one; cpu; cuda
     out: str = "runs/train"  # folder for checkpoints, metrics.jsonl, pictures
     log_every: int = 20  # steps between lines of the log
@@ -157,18 +157,13 @@ class Cascade(nn.Module):
             for stage in STAGES[1 : cfg.stages]:
                 getattr(self, stage).mvam.gated = self.image.mvam.gated
 
-    def autocast(self) -> torch.autocast:
-        """bfloat16 on a GPU, for the networks alone: what is read from their volumes is found in float32."""
-        device = next(self.backbone.parameters()).device.type
-        return torch.autocast(device, torch.bfloat16, enabled=device == "cuda" and self.cfg.amp)
-
     def features(self, images: Tensor, saliency: Tensor | None = None) -> Features:
         """Images (B, 3, H, W) and maps (B, h, w) or None to Features: the backbone runs once per image."""
         images = images.to(next(self.backbone.parameters()).device, non_blocking=True)
         # evaluation has no maps; attention means something unless weights are random
         guess = not self.training and self.cfg.saliency != "none" and self.cfg.backbone != "random_vit8"
         guess = saliency is None and (self.cfg.saliency == "attention" or guess)
-        with self.autocast():
+        with autocast(images, self.cfg.amp):
             feat, token, *attention = self.backbone(images, attention=guess)
         if self.conditioning is not None:
             feat, token = self.conditioning(feat), self.conditioning(token)
@@ -216,8 +211,7 @@ class Cascade(nn.Module):
         if method in STAGES:
             if method == "region":
                 raise ValueError("the region stage has no volume of whole images")
-            with self.autocast():
-                return getattr(self, method)(src, trg)
+            return getattr(self, method)(src, trg)
         if method.startswith("best"):
             return self.best(src, trg, method).volume
         corr = cosine_volume(src.feat, trg.feat, src.grid, trg.grid)
@@ -430,8 +424,7 @@ def train(cfg: Config, resume: str | None = None, build: Callable[[Config], Casc
                 features = both_faces if cfg.facing else type(cascade).features
                 both = features(cascade, views, maps if maps.numel() else None)
                 src, trg = both.map(lambda x: x[: cfg.batch]), both.map(lambda x: x[cfg.batch :])
-                with cascade.autocast():
-                    loss, parts = cascade(src, trg, batch["label"].to(device))
+                loss, parts = cascade(src, trg, batch["label"].to(device))
                 (loss / cfg.accumulate).backward()
                 for key, value in (parts | {"loss": loss}).items():
                     logged[key] = logged.get(key, 0) + value.detach() / cfg.accumulate

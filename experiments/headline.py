@@ -87,6 +87,13 @@ def check_csv(path: str, tests: dict[str, data.KeypointSet]) -> None:
         raise ValueError(f"--csv {path}: no such folder")
 
 
+def check_figure(path: str | None) -> None:
+    """ValueError unless a picture can be written there."""
+    kinds = ".png", ".jpg", ".jpeg"
+    if path and (Path(path).suffix.lower() not in kinds or not Path(path).resolve().parent.is_dir()):
+        raise ValueError(f"--figure {path}: a name that ends in .png or .jpg, in a folder that exists")
+
+
 def append_csv(path: str, row: dict) -> None:
     """Add a finished run."""
     new = not Path(path).exists()
@@ -175,18 +182,19 @@ def draw_figure(path: str, rows: dict[tuple, dict]) -> None:
     were chosen from, mean over seeds; where it is 0, without labels."""
     scores: dict[str, dict[float, list[float]]] = {}
     for (row, share, annotated, _), found in rows.items():
-        what = "labels alone" if row in ("frozen", "labels") else f"labels, then {annotated} pairs"
+        pairs = "all" if annotated == "0" else annotated
+        what = "labels alone" if row in ("frozen", "labels") else f"labels, then {pairs} pairs"
         for test in ("test", "willow"):
             if row not in "bd" and (value := found.get(f"{test} cats 0.1")):
                 curve = scores.setdefault(f"{test}: {what}", {})
                 curve.setdefault(float(share), []).append(float(value))
     shares = sorted({share for curve in scores.values() for share in curve})
     curves = {name: [np.mean(curve[x]) if x in curve else None for x in shares]
-              for name, curve in scores.items() if len(curve) > 2}
+              for name, curve in scores.items() if sum(x > 0 for x in curve) > 1}
     if not curves:
         raise ValueError(f"--figure {path}: runs with labels of two shares at least; give --labels")
     values = [v for curve in curves.values() for v in curve if v is not None]
-    span = 10 * math.floor(min(values) / 10), 10 * math.ceil(max(values) / 10 + 1e-9)
+    span = 10 * math.floor(min(values) / 10), min(100, 10 * math.floor(max(values) / 10) + 10)
     page = draw_curve(curves, tuple(shares), "Share of images that labels are chosen from",
                       "share of every class's images; 0: no labels", "PCK at 0.10 (%)", span=span)
     write_whole(path, page)
@@ -212,6 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.willow:
         tests["willow"] = DATASETS["pfwillow"](args.willow, "test")
     check_csv(args.csv, tests)
+    check_figure(args.figure)
     known = Known()
     for key, labels in wanted_runs(args):
         if key not in read_csv(args.csv):

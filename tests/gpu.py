@@ -218,6 +218,8 @@ def bfloat16(sizes: Sizes, device: torch.device) -> Row:
     *ends, _ = couples_of(cascade, 2)
     for half in (False, True):
         cascade.cfg = dataclasses.replace(cascade.cfg, amp=half)
+        for stage in STAGES:
+            getattr(cascade, stage).mvam.amp = half
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             volume = cascade.volume(*(cascade.features(*end) for end in ends), "pixel")
             found.append((volume, predict(cascade, few, ["pixel"], quiet=True)["pixel"]))
@@ -351,8 +353,7 @@ def training_step(compiled: bool, sizes: Sizes, device: torch.device, backend: s
     backbone = partial(cascade.features, views, maps)
 
     def heads(both: Features) -> None:
-        with cascade.autocast():
-            loss, _ = cascade(both.map(lambda x: x[:n]), both.map(lambda x: x[n:]), labels)
+        loss, _ = cascade(both.map(lambda x: x[:n]), both.map(lambda x: x[n:]), labels)
         loss.backward()
 
     def step() -> None:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import label
+import modules
 import train
 from data import KeypointSet
 from evaluate import load_methods, predict, shared_options
@@ -97,9 +98,14 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # no autocast
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)  # nor pinned memory
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # a parameter is of OnGPU's kind, too
+    tables = modules.relative_index, modules.attention_mask  # the fake GPU's are not to outlive it
+    for table in tables:
+        table.cache_clear()
     with FakeTensorMode(), FakeGPU(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*(CUDA is not available|no accelerator).*")
         yield
+    for table in tables:
+        table.cache_clear()
     torch.__future__.set_overwrite_module_params_on_conversion(False)
 
 
@@ -168,15 +174,16 @@ def test_selection_in_a_gpus_rounds(fake_gpu):
     """Several before it is asked what is left; with ties, of all cells and of some."""
     assert torch.ones(1, device="cuda").is_cuda
     generator = torch.Generator().manual_seed(0)
-    volume = torch.rand(3, 3, 4, 5, 2, generator=generator)
-    masks = torch.rand(3, 3, 4, generator=generator) < 0.7, torch.rand(3, 5, 2, generator=generator) < 0.7
-    for some in (volume, (4 * volume).round(), torch.ones_like(volume), hough_matching(volume)):
-        for given in ((some,), (some, *masks)):
-            found = greedy_selection(*(x.to("cuda") for x in given))
-            for ours, plain in zip(found, greedy_selection(*given)):
-                assert ours.device == CUDA and torch.equal(ours.cpu(), plain)
-    found = hough_matching(volume.to("cuda"))
-    assert found.device == CUDA and torch.equal(found.cpu(), hough_matching(volume))
+    for sides in ((5, 6, 7, 4), (4, 6, 5, 8)):
+        volume = torch.rand(3, *sides, generator=generator)
+        masks = [torch.rand(3, *side, generator=generator) < 0.7 for side in (sides[:2], sides[2:])]
+        for some in (volume, (4 * volume).round(), torch.ones_like(volume), hough_matching(volume)):
+            for given in ((some,), (some, *masks)):
+                found = greedy_selection(*(x.to("cuda") for x in given))
+                for ours, plain in zip(found, greedy_selection(*given)):
+                    assert ours.device == CUDA and torch.equal(ours.cpu(), plain)
+        found = hough_matching(volume.to("cuda"))
+        assert found.device == CUDA and torch.equal(found.cpu(), hough_matching(volume))
 
 
 def test_a_matcher_goes_to_the_gpu(fake_gpu, monkeypatch):
@@ -272,6 +279,29 @@ def test_labelling(fake_gpu, changes):
     ours, plain = (found[k][1] for k in (1, 3))
     assert len(plain) > 0 and [p["src_kps"] for p in ours] == [p["src_kps"] for p in plain]
     assert found[0][0] == pytest.approx(found[2][0], abs=1e-5)
+
+
+@BOTH
+def test_bfloat16_is_for_backbone_and_stages_alone(monkeypatch, changes):
+    """What a GPU's autocast would do, on the CPU: none of what follows them is rounded to it."""
+    for module in (modules, train):
+        monkeypatch.setattr(module, "autocast", lambda x, amp: torch.autocast("cpu", torch.bfloat16, amp))
+    cfg, found = label.LabelConfig(facing=bool(changes), pairs=2), []
+    for amp in (True, False):
+        model = cascade("cpu", amp=amp, **changes).eval()
+        item = label.CliqueSet(Shapes("train"), [list(range(4))], model)[0]
+        both = both_faces(model, item["views"], item["cells"])
+        src, trg = both.map(lambda x: x[:2]), both.map(lambda x: x[2:])
+        volumes = [model.volume(src, trg, stage) for stage in ("nn", "image", "pixel")]
+        regions = model.image.regions(model.image.select(volumes[1], src, trg), src, trg)
+        volumes.append(model.region(regions.src, regions.trg)[:1])
+        clique, _, *maps = label.map_clique(model, item, {}, cfg, matched=True)
+        region = model.transfer(src, trg, torch.full((2, 1, 2), 3.0), "region")
+        loss, _ = model(src, trg, torch.tensor([0, 1]))
+        found.append([*volumes, maps[0], region, loss])
+    for k, (half, full) in enumerate(zip(*found)):
+        assert half.dtype == full.dtype == torch.float32
+        assert not torch.equal(half, full) and (k > 3 or (half - full).abs().max() < 0.1), k
 
 
 def test_two_pictures(fake_gpu, tmp_path, monkeypatch):

@@ -193,8 +193,10 @@ def test_figure_1_is_the_mean_over_seeds_and_begins_without_labels(made, tmp_pat
     assert xs == (0, 0.5, 1) and options["span"] == (20, 40)
     assert curves == {"test: labels alone": [20, 22, 25], "test: labels, then 4 pairs": [28, 34, 31]}
     assert Image.open(tmp_path / "figure.png").size[0] > 480
-    with pytest.raises(SystemExit, match="labels of two shares"), run.command():
-        headline.main([*made.flags, "--figure", str(tmp_path / "none.png")])
+    wrong = {"none.png": "labels of two shares", "none.txt": "ends in .png", "no/none.png": "that exists"}
+    for name, what in wrong.items():
+        with pytest.raises(SystemExit, match=what), run.command():
+            headline.main([*made.flags, "--figure", str(tmp_path / name)])
 
 
 # ------------------------------------------------------------------------------------------------------------
