@@ -51,8 +51,8 @@ class Features(NamedTuple):
 
 
 def autocast(x: Tensor, amp: bool) -> torch.autocast:
-    """bfloat16 where x lies on a GPU and amp is set: around backbone and MVAM alone, so that pairs, losses and
-    places are found in float32."""
+    """bfloat16 where x lies on a GPU and amp is set. Around backbone and MVAM alone: pairs, losses and places
+    are found in float32."""
     return torch.autocast(x.device.type, torch.bfloat16, enabled=amp and x.is_cuda)
 
 
