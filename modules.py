@@ -515,23 +515,29 @@ def read_at(maps: Tensor, points: Tensor) -> Tensor:
     return found[..., 0].transpose(1, 2)
 
 
+@lru_cache(maxsize=2)
+@torch.inference_mode(False)
+def cell_distances(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The cells of a grid, (N, 2) as (x, y), and the squared distances between all of them, (N, N)."""
+    cells = cells_to_xy(torch.arange(height * width, device=device), width)
+    return cells, (cells[:, None] - cells).square().sum(-1)
+
+
 def kernel_soft_argmax(rows: Tensor, temperature: float = 0.05, sigma: float = 2.5) -> Tensor:
     """Sub-cell position of the best match in each map: a soft-argmax under a Gaussian around the maximum.
 
     rows (..., H, W), each divided by its maximum; temperature of the softmax; sigma of the Gaussian in cells.
-    Returns (..., 2) as (x, y) in cells.
+    Returns (..., 2) as (x, y) in cells, float32.
     """
-    (h, w), rows = rows.shape[-2:], rows.float()
-    top, index = (x[..., None] for x in rows.flatten(-2).max(-1))
-    x, y = (torch.arange(n, device=rows.device) for n in (w, h))
-    distance2 = ((y - index // w) ** 2)[..., :, None] + ((x - index % w) ** 2)[..., None, :]
+    cells, distance2 = cell_distances(*rows.shape[-2:], rows.device)
+    rows = rows.float().flatten(-2)
+    top, index = rows.max(-1)
     # Dividing by the maximum makes the temperature relative; a row without any positive score keeps its own
     # scale.
-    scale = torch.where(top > 1e-6, top, 1.0)[..., None]
-    weight = rows / (temperature * scale) - distance2 * (0.5 / sigma**2)
-    weight = weight.flatten(-2).softmax(-1).unflatten(-1, (h, w))
-    # Not a product of matrices: autocast would round it to bfloat16, an eighth of a cell at 32 cells.
-    return torch.stack([(weight.sum(-2) * x).sum(-1), (weight.sum(-1) * y).sum(-1)], -1)
+    scale = temperature * torch.where(top > 1e-6, top, 1.0)[..., None]
+    weight = (rows / scale).sub(distance2[index], alpha=0.5 / sigma**2).softmax(-1)
+    with torch.autocast(rows.device.type, enabled=False):  # bfloat16: an eighth of a cell off at 32 cells
+        return weight @ cells
 
 
 def transfer_keypoints(corr: Tensor, points: Tensor, temperature: float = 0.05, sigma: float = 2.5) -> Tensor:

@@ -98,7 +98,8 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # no autocast
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)  # nor pinned memory
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # a parameter is of OnGPU's kind, too
-    tables = modules.relative_index, modules.attention_mask  # the fake GPU's are not to outlive it
+    # the fake GPU's are not to outlive it
+    tables = modules.relative_index, modules.attention_mask, modules.cell_distances
     for table in tables:
         table.cache_clear()
     with FakeTensorMode(), FakeGPU(), warnings.catch_warnings():
