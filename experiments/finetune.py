@@ -34,7 +34,7 @@ from experiments import semimatch
 from experiments.cache import Known, remembered
 from experiments.cats import GRID, Cats, CatsConfig, as_cats_reads, end_point_error, flow_of
 from experiments.views import KeypointViews
-from modules import Features
+from modules import Features, autocast
 from support import run
 from support.benchmarks import DATASETS
 from support.download import benchmark_file
@@ -322,7 +322,7 @@ def run_phase(phase: Phase, matcher: Cats, device: torch.device, resume: str | N
                 batch = next(loader)
                 skipped.update(line for item in batch.pop("skipped") for line in item.splitlines())
                 batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                with autocast(batch["src"], True):
                     loss, parts = batch_loss(matcher, batch, own)
                 (loss / cfg.accumulate).backward()
                 for key, value in (parts | {"loss": loss}).items():

@@ -213,13 +213,11 @@ def bfloat16(sizes: Sizes, device: torch.device) -> Row:
     """The pixel stage's volumes and transfers with bfloat16 in the networks, against float32."""
     if device == CPU:
         return Row("", NOT_RUN)
-    cascade, known, found = placed(sizes, device, moved=0.02), shapes_pairs("val"), []
+    known, found = shapes_pairs("val"), []
     few = KeypointSet("shapes", known.images, known.pairs[: sizes.transfers])
-    *ends, _ = couples_of(cascade, 2)
     for half in (False, True):
-        cascade.cfg = dataclasses.replace(cascade.cfg, amp=half)
-        for stage in STAGES:
-            getattr(cascade, stage).mvam.amp = half
+        cascade = placed(sizes._replace(preset=sizes.preset | {"amp": half}), device, moved=0.02)
+        *ends, _ = couples_of(cascade, 2)
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             volume = cascade.volume(*(cascade.features(*end) for end in ends), "pixel")
             found.append((volume, predict(cascade, few, ["pixel"], quiet=True)["pixel"]))
