@@ -127,14 +127,14 @@ def batch_loss(matcher: Cats, batch: dict, cfg: FinetuneConfig) -> tuple[Tensor,
     size, grid = len(batch["src"]), (GRID, GRID)
     both = matcher.features(torch.cat([batch["src"], batch["trg"]]))
     src, weak = both.map(lambda x: x[:size]), both.map(lambda x: x[size:])
-    supervised = end_point_error(flow_of(matcher(src, weak), cfg.beta), batch["flow"], batch["valid"])
+    corr = matcher(src, weak)
+    supervised = end_point_error(flow_of(corr, cfg.beta), batch["flow"], batch["valid"])
     if not cfg.semi:
         return supervised, {}
     with torch.no_grad():
-        plain = matcher.features(batch["plain"]) if cfg.augment else weak
+        plain = matcher(src, matcher.features(batch["plain"])) if cfg.augment else corr
         boxes = batch["src_box"], batch["trg_box"]
-        corr = matcher(src, plain)
-        pseudo = semimatch.pseudo_labels(corr, grid, grid, batch["affine"], batch["offsets"], *boxes, cfg)
+        pseudo = semimatch.pseudo_labels(plain, grid, grid, batch["affine"], batch["offsets"], *boxes, cfg)
     warped, _ = semimatch.warp(batch["strong"], batch["affine"], batch["offsets"], "bilinear")
     strong = Cats.features(matcher, warped)  # past a cache: no strong view comes twice
     unsupervised = semimatch.contrastive_loss(matcher(src, strong), pseudo, cfg.semi_gamma)
