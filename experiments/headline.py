@@ -42,7 +42,7 @@ ALIKE = dict(backbone="dinov2_vits14", levels="10", size=224, backbone_lr=0.0, a
              cache_features=True, lr=1e-4, save_every=0)
 LABELS = dict(epoch_steps=250, pretrain_epochs=4)
 KEYPOINTS = dict(dataset="spair", epoch_steps=100, epochs=20, patience=5)
-SEMI = dict(semi=True, beta=0.1, lr=1e-6)  # released recipe: temperature 0.1, rate 1e-6, from trained CATs
+SEMI = dict(semi=True, beta=0.1)  # released recipe from trained CATs, but for its rate, 1e-6
 
 
 class Remembered(CachedCats):
