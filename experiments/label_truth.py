@@ -59,21 +59,25 @@ def read_images(root: str, split: str) -> tuple[list[Path], list[str], list[Anno
     return images, [image.parent.name for image in images], [Annotated(points[i], boxes[i]) for i in images]
 
 
-def judge(known: list[Annotated], clique, maps: Tensor, pair: dict) -> tuple[list[bool], bool | None]:
-    """Which common keypoints of a labelled pair its map moves to their partners, and whether the pair faces
-    alike by them; None where they are less than three."""
+def judge(known: list[Annotated], clique, maps: Tensor,
+          pair: dict) -> tuple[list[bool], list[bool], bool | None]:
+    """Which common keypoints of a labelled pair its map moves to their partners, which have a label of the
+    pair within a cell, and whether the pair faces alike by them; None where they are less than three."""
     ends = [clique.index.index(pair[side]) for side in ("src", "trg")]
     src, trg = (known[pair[side]] for side in ("src", "trg"))
     names = sorted(src.points.keys() & trg.points.keys())
     start, truth = (torch.tensor([one.points[n] for n in names]).view(-1, 2) for one in (src, trg))
-    cells = data.pixels_to_cells(start, clique.sizes[ends[0]], clique.feats.grid)
+    labels = torch.tensor(pair["src_kps"], dtype=start.dtype).view(-1, 2)
+    cells, marks = (data.pixels_to_cells(places, clique.sizes[ends[0]], clique.feats.grid)
+                    for places in (start, labels))
+    near = ((cells[:, None] - marks).norm(dim=-1) <= 1).any(1)
     moved = read_at(maps[ends[0], ends[1]].permute(2, 0, 1)[None].cpu(), cells[None])[0]
     found = data.cells_to_pixels(moved, clique.sizes[ends[1]], clique.feats.grid)
     couple, alike = data.KeypointPair(*ends, start, truth, "", src.box, trg.box), None
     if len(names) >= 3:
         plain, mirrored = misfits(couple)
         alike = plain <= mirrored
-    return correct_points(found, truth, couple.extent, (0.1,))[:, 0].tolist(), alike
+    return correct_points(found, truth, couple.extent, (0.1,))[:, 0].tolist(), near.tolist(), alike
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -102,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         singles = Singles(members, {}, {})
         measured = measure_loops(cfg, cascade, images, singles, settings_of(cfg, images, singles))
     kept = select_images(measured.errors, images.labels, cfg.keep)
-    rows = []  # (kind, loop error, which keypoints are right, whether the pair faces alike)
+    rows = []  # (kind, loop error, *judge)
     for k, some in members.items():
         rest = [i for i in some if i in measured.errors and i not in kept[k]]
         for kind, chosen in (("kept", kept[k]), ("dropped", rest)):
@@ -117,7 +121,10 @@ def main(argv: list[str] | None = None) -> None:
                 rows += [(kind, pair["score"], *judge(known, clique, moves, pair)) for pair in found[:most]]
     print(f"{len(paths)} images of {len(names)} classes, {sum(map(len, kept.values()))} kept")
     tables = {kind: [row for row in rows if row[0] == kind] for kind in ("kept", "dropped")}
-    tables |= {f"kept, facing {name}": [row for row in tables["kept"] if row[3] == alike]
+    tables |= {f"{kind}, a cell or less from a label": [
+        (*row[:2], [right for right, near in zip(*row[2:4]) if near]) for row in tables[kind]]
+        for kind in ("kept", "dropped")}
+    tables |= {f"kept, facing {name}": [row for row in tables["kept"] if row[4] == alike]
                for name, alike in (("alike", True), ("opposite ways", False))}
     ranked, edges = sorted(rows, key=lambda row: row[1]), [q * len(rows) // 4 for q in range(5)]
     tables |= {f"all, quarter {q + 1} by loop error": ranked[edges[q] : edges[q + 1]] for q in range(4)}

@@ -63,18 +63,23 @@ def test_a_keypoint_is_right_within_a_tenth_of_the_targets_box(shift, right):
               for w, h in clique.sizes]
     known = dict(zip(clique.index, (Annotated(p, (0.0, 0.0, 200.0, 30.0)) for p in points)))
     known[3].points["other"] = (0.0, 0.0)  # not in the source
-    assert judge(known, clique, maps, {"src": 5, "trg": 3}) == (right, True)
+    pair = {"src": 5, "trg": 3, "src_kps": [points[0]["0"], points[0]["2"]]}
+    pair["src_kps"] = [(x + dx, y) for (x, y), dx in zip(pair["src_kps"], (9.9, -10.1))]  # a cell is 10 px
+    assert judge(known, clique, maps, pair) == (right, [True, False, False, False], True)
     mirrored = {k: (159 - x, y) for k, (x, y) in points[1].items()}
     known[3] = Annotated(mirrored, known[3].box)
-    assert judge(known, clique, maps, {"src": 5, "trg": 3})[1] is False
+    assert judge(known, clique, maps, pair)[2] is False
     few = Annotated({k: mirrored[k] for k in ("0", "1")}, known[3].box)
-    assert judge(known | {3: few}, clique, maps, {"src": 5, "trg": 3})[1] is None
+    assert judge(known | {3: few}, clique, maps, pair)[2] is None
 
 
 def test_it_prints_kept_and_dropped_pairs(tmp_path, capsys, monkeypatch):
-    """Every pair of a clique is labelled, so that all keypoints of kept and of dropped images count."""
+    """Every pair of a clique is labelled, so that all keypoints of kept and of dropped images count, and has
+    labels everywhere in a few couples and nowhere in the others."""
+    everywhere = list(itertools.product(range(0, 400, 3), repeat=2))
     monkeypatch.setattr("experiments.label_truth.pair_matches", lambda clique, *rest: [
-        {"src": a, "trg": b, "score": a + b} for a, b in itertools.combinations(clique.index, 2)])
+        {"src": a, "trg": b, "score": a + b, "src_kps": everywhere if a == clique.index[0] else []}
+        for a, b in itertools.combinations(clique.index, 2)])
     spair(tmp_path / "set", a_class=6)
     train(*parse_config([*SMALL, "--out", str(tmp_path / "run")]))
     capsys.readouterr()
@@ -89,6 +94,10 @@ def test_it_prints_kept_and_dropped_pairs(tmp_path, capsys, monkeypatch):
     assert min(kept) >= 3 and rows["kept"] == sum(math.comb(n, 2) for n in kept)
     assert rows["dropped"] == sum(math.comb(classes.count(name) - n, 2) for name, n in
                                   zip(("bicycle", "fish"), kept))
+    points = {line[:40].strip(): int(line.split(" keypoints in ")[0].split()[-1])
+              for line in said.splitlines() if " keypoints in " in line}
+    for kind in ("kept", "dropped"):
+        assert 0 < points[f"{kind}, a cell or less from a label"] < points[kind]
     assert rows["kept, facing alike"] + rows["kept, facing opposite ways"] == rows["kept"]
     quarters = [rows[f"all, quarter {q} by loop error"] for q in (1, 2, 3, 4)]
     assert sum(quarters) == rows["kept"] + rows["dropped"] and max(quarters) - min(quarters) <= 1
