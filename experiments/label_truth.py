@@ -9,6 +9,7 @@ target's box of the target's keypoint of the same name.
 """
 
 import argparse
+import itertools
 import json
 import tempfile
 from collections import defaultdict
@@ -43,6 +44,16 @@ class Annotated(NamedTuple):
 
     points: dict[str, tuple[float, float]]  # by the keypoint's name, in pixels
     box: data.Box
+
+
+class Couple(NamedTuple):
+    """A labelled pair, judged."""
+
+    kind: str  # kept or dropped, its images
+    error: float  # of its loops
+    right: list[bool]  # this and the next two: what `judge` returns
+    labelled: list[bool]
+    alike: bool | None
 
 
 def read_images(root: str, split: str) -> tuple[list[Path], list[str], list[Annotated]]:
@@ -106,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         singles = Singles(members, {}, {})
         measured = measure_loops(cfg, cascade, images, singles, settings_of(cfg, images, singles))
     kept = select_images(measured.errors, images.labels, cfg.keep)
-    rows = []  # (kind, loop error, *judge)
+    rows = []
     for k, some in members.items():
         rest = [i for i in some if i in measured.errors and i not in kept[k]]
         for kind, chosen in (("kept", kept[k]), ("dropped", rest)):
@@ -118,18 +129,19 @@ def main(argv: list[str] | None = None) -> None:
                     continue
                 found = sorted(pair_matches(clique, moves, partners, cfg), key=lambda pair: pair["score"])
                 most = cfg.pairs * len(clique.index)
-                rows += [(kind, pair["score"], *judge(known, clique, moves, pair)) for pair in found[:most]]
+                rows += [Couple(kind, pair["score"], *judge(known, clique, moves, pair))
+                         for pair in found[:most]]
     print(f"{len(paths)} images of {len(names)} classes, {sum(map(len, kept.values()))} kept")
-    tables = {kind: [row for row in rows if row[0] == kind] for kind in ("kept", "dropped")}
+    tables = {kind: [row for row in rows if row.kind == kind] for kind in ("kept", "dropped")}
     tables |= {f"{kind}, a cell or less from a label": [
-        (*row[:2], [right for right, near in zip(*row[2:4]) if near]) for row in tables[kind]]
+        row._replace(right=list(itertools.compress(row.right, row.labelled))) for row in tables[kind]]
         for kind in ("kept", "dropped")}
-    tables |= {f"kept, facing {name}": [row for row in tables["kept"] if row[4] == alike]
+    tables |= {f"kept, facing {name}": [row for row in tables["kept"] if row.alike == alike]
                for name, alike in (("alike", True), ("opposite ways", False))}
-    ranked, edges = sorted(rows, key=lambda row: row[1]), [q * len(rows) // 4 for q in range(5)]
+    ranked, edges = sorted(rows, key=lambda row: row.error), [q * len(rows) // 4 for q in range(5)]
     tables |= {f"all, quarter {q + 1} by loop error": ranked[edges[q] : edges[q + 1]] for q in range(4)}
     for name, chosen in tables.items():
-        right = [good for row in chosen for good in row[2]]
+        right = [good for row in chosen for good in row.right]
         share = f"{100 * sum(right) / len(right):5.1f} %" if right else "    -"
         print(f"{name:40s} {share} of {len(right):5d} keypoints in {len(chosen)} pairs")
 

@@ -63,8 +63,8 @@ def test_a_keypoint_is_right_within_a_tenth_of_the_targets_box(shift, right):
               for w, h in clique.sizes]
     known = dict(zip(clique.index, (Annotated(p, (0.0, 0.0, 200.0, 30.0)) for p in points)))
     known[3].points["other"] = (0.0, 0.0)  # not in the source
-    pair = {"src": 5, "trg": 3, "src_kps": [points[0]["0"], points[0]["2"]]}
-    pair["src_kps"] = [(x + dx, y) for (x, y), dx in zip(pair["src_kps"], (9.9, -10.1))]  # a cell is 10 px
+    labels = [(points[0][k][0] + dx, points[0][k][1]) for k, dx in (("0", 9.9), ("2", -10.1))]
+    pair = {"src": 5, "trg": 3, "src_kps": labels}  # a cell is 10 px
     assert judge(known, clique, maps, pair) == (right, [True, False, False, False], True)
     mirrored = {k: (159 - x, y) for k, (x, y) in points[1].items()}
     known[3] = Annotated(mirrored, known[3].box)
